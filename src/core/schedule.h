@@ -1,0 +1,93 @@
+// The planner: how a decode is cut into parts of equal cost. Pure arithmetic, the same on the host and on a GPU.
+//
+// The query rows of one (request, kv head) are cut into row groups (of 64 rows, or of 128 for a pair of CTAs). `team` groups work side by
+// side on the same pages, so that the second reader of a page finds it in L2; team groups of one (request, kv head) make one
+// *item*. Items stand in a row: request, then kv head, then chunk of groups. Each costs `overhead` plus its blocks (64 tokens),
+// and the row is cut into `num_parts` ranges of `payload` cost each. Because the cut is a closed form of the item's start and length, every
+// CTA finds its own range, and who shares an item with it, without talking to anybody.
+//
+// Cuts inside an item fall on even blocks (the kernel works on two pages at a time).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FLASH_MLA_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FLASH_MLA_HOST_DEVICE inline
+#endif
+
+namespace flash_mla {
+
+inline constexpr int kBlockTokens = 64;
+
+// How a shape maps on the card: depends on shapes and the device only, never on lengths.
+struct ScheduleShape {
+  std::int32_t num_parts = 1;          // ranges the row of items is cut into
+  std::int32_t team = 1;               // row groups that work side by side on one part
+  std::int32_t chunks = 1;             // ceil(row groups / team)
+  std::int32_t items_per_request = 1;  // h_kv * chunks
+  std::int32_t overhead = 1;           // cost of an item besides its blocks, in blocks
+  std::int32_t min_blocks = 2;         // a part takes at least this many blocks, even
+  bool split = true;
+};
+
+// A run of blocks of one item, done by one part.
+struct Piece {
+  std::int32_t begin = 0, end = 0;    // blocks
+  std::int32_t index = 0, count = 1;  // this is piece `index` of the `count` the item is cut into
+  std::int32_t first_part = 0;        // part that does piece 0
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE bool empty() const { return begin >= end; }
+};
+
+FLASH_MLA_HOST_DEVICE std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
+
+// Blocks of a request. An empty one counts as one block, so that exactly one part writes its (empty) result.
+FLASH_MLA_HOST_DEVICE std::int32_t schedule_blocks(std::int32_t seqlen) {
+  return seqlen <= 0 ? 1 : (seqlen + kBlockTokens - 1) / kBlockTokens;
+}
+
+struct Schedule {
+  ScheduleShape shape;
+  std::int64_t payload = 1;  // cost of one part
+
+  // `total_cost` is the sum of item_cost() over all items.
+  FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int64_t total_cost) : shape(shape_in) {
+    payload = ceil_div(total_cost, shape.num_parts);
+    const std::int64_t least = shape.overhead + shape.min_blocks;
+    if (payload < least) payload = least;
+  }
+
+  FLASH_MLA_HOST_DEVICE static std::int64_t request_cost(const ScheduleShape& shape, std::int32_t blocks) {
+    return static_cast<std::int64_t>(shape.items_per_request) * (shape.overhead + blocks);
+  }
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int64_t item_cost(std::int32_t blocks) const { return shape.overhead + blocks; }
+
+  // Blocks of an item that lie before cost `y`, counted from the item's start.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t blocks_before(std::int64_t y, std::int32_t blocks) const {
+    if (!shape.split) return y > 0 ? blocks : 0;
+    if (y >= shape.overhead + blocks) return blocks;
+    const std::int64_t inside = y - shape.overhead;
+    return inside <= 0 ? 0 : static_cast<std::int32_t>(inside & ~std::int64_t{1});
+  }
+
+  // What part `part` does of the item that starts at cost `start` and has `blocks` blocks; may be empty.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece(std::int64_t start, std::int32_t blocks, std::int32_t part) const {
+    Piece piece;
+    piece.begin = blocks_before(part * payload - start, blocks);
+    piece.end = blocks_before((part + 1) * payload - start, blocks);
+    if (!shape.split) {
+      piece.first_part = static_cast<std::int32_t>(start / payload);
+      return piece;
+    }
+    // The first part whose end lies past the first cut, and the part whose end lies past the last block.
+    const std::int32_t first_cut = blocks < 2 ? blocks : 2;
+    piece.first_part = static_cast<std::int32_t>(ceil_div(start + shape.overhead + first_cut, payload)) - 1;
+    const std::int32_t last_part = static_cast<std::int32_t>(ceil_div(start + shape.overhead + blocks, payload)) - 1;
+    piece.index = part - piece.first_part;
+    piece.count = last_part - piece.first_part + 1;
+    return piece;
+  }
+};
+
+}  // namespace flash_mla
