@@ -1,0 +1,109 @@
+# The front door. `make help` lists the targets; each does its own set-up.
+#
+# Variables: PYTHON (any Python >= 3.10), VENV (a folder, or "none" to use PYTHON as it is), BUILD (the CMake build folder), JOBS,
+# CMAKE_FLAGS (more options for CMake), TEST_BINARY (a prebuilt C++ test program for gpu-test), SUITES (what gpu-test runs).
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -ec
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build/make
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+CMAKE_FLAGS ?=
+TEST_BINARY ?=
+SUITES ?=
+
+ifeq ($(VENV),none)
+  PY := $(PYTHON)
+  READY :=
+  LINT_READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+  LINT_READY := $(VENV)/.lint-ready
+  export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.c')
+
+.PHONY: help demo test test-cpp test-python bench gpu-test gpu-bench ledger-check lint format build gpu-build readme clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
+
+$(VENV)/.ready: tools/requirements.txt tools/make_venv.py
+	$(PYTHON) tools/make_venv.py $(VENV)
+	touch $@
+
+$(VENV)/.lint-ready: tools/requirements.txt tools/make_venv.py
+	$(PYTHON) tools/make_venv.py $(VENV) --lint
+	touch $@
+
+# One CMake tree serves the library, the C++ tests and the Python extension, so that every file is compiled once. A tree that was carried
+# here from another folder is configured afresh. The log keeps what ptxas said (tools/check_spills.py); the stamp, what was built.
+build: $(READY)  ## build the library, its tests and the Python extension
+	@mkdir -p $(BUILD)
+	@fresh=; grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' $(BUILD)/CMakeCache.txt || { fresh=--fresh; rm -f $(BUILD)/build.log; }; \
+	cmake $$fresh -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASH_MLA_PYTHON=ON -DFLASH_MLA_BUILD_TESTS=ON \
+	  -DPython_EXECUTABLE="$$(command -v $(PY))" $(CMAKE_FLAGS)
+	@cmake --build $(BUILD) -j $(JOBS) 2>&1 | tee -a $(BUILD)/build.log | { grep -v '^ptxas info\|bytes stack frame\|^nvlink info' || true; }
+	@$(PY) tools/ledger.py stamp $(BUILD)
+	@$(MAKE) --no-print-directory link
+
+.PHONY: link
+link:
+	@ln -sfn ../../$(BUILD)/python/_C.abi3.so python/flash_mla/_C.abi3.so
+
+demo: build  ## decode a real text through an MLA layer and show what it saves
+	@$(PY) -m flash_mla.cli demo
+
+test: build  ## build and test everything this machine can
+	@if [ -n "$$(find $(BUILD) -name '*.cu.o' -print -quit)" ]; then $(PY) tools/check_spills.py $(BUILD); \
+	else echo 'no nvcc: the CPU part alone was built and is tested; the CUDA code was neither compiled nor run'; fi
+	@$(MAKE) --no-print-directory test-cpp test-python
+
+test-cpp:
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=ignore -j $(JOBS)
+
+test-python:
+	$(PY) -m pytest tests/python -q
+
+bench: build  ## time the CPU backend against the same maths in PyTorch
+	$(PY) bench/cpu/compare_torch.py
+
+# Binaries that were built elsewhere are used as they are when they were built from these very sources.
+gpu-build: $(READY)
+	@if $(PY) tools/ledger.py built $(BUILD); then $(MAKE) --no-print-directory link; else $(MAKE) --no-print-directory build; fi
+
+gpu-test: gpu-build  ## run the GPU suites on a Hopper GPU and write tests/gpu-ledger.json
+	$(PY) tools/gpu_test.py --build $(BUILD) $(if $(TEST_BINARY),--test-binary $(TEST_BINARY)) $(foreach suite,$(SUITES),--suite $(suite))
+
+gpu-bench: gpu-build  ## time ours and the peers on a Hopper GPU and write bench/results
+	$(PY) bench/run.py --build $(BUILD)
+	$(PY) tools/readme_table.py
+
+ledger-check:  ## fail when GPU code is newer than its last run on a GPU
+	@$(PYTHON) tools/ledger.py check
+
+lint: $(LINT_READY)  ## check style, versions and generated text
+	@ruff check . && ruff format --check .
+	@$(PY) tools/check_text.py
+	@$(PY) tools/check_version.py
+	@$(PY) tools/readme_table.py --check
+	@if command -v clang-format >/dev/null; then clang-format --dry-run -Werror $(CXX_SOURCES); else echo 'lint: clang-format is missing: the C++ style is not checked'; fi
+	@$(PY) tools/ledger.py check || echo 'lint: warning only; a release needs make ledger-check green'
+	@echo 'lint: clean'
+
+format: $(LINT_READY)  ## bring the sources into style
+	@ruff check --fix -q . || true
+	@ruff format -q .
+	@clang-format -i $(CXX_SOURCES)
+
+readme:  ## write README's tables and the plots in docs/ from bench/results
+	@$(PYTHON) tools/readme_table.py
+
+clean:  ## remove the build folder
+	rm -rf $(BUILD) python/flash_mla/_C.abi3.so
