@@ -9,6 +9,7 @@
 #include "cpu/cpu.h"
 #include "flash_mla/backend.h"
 #ifdef FLASH_MLA_WITH_CUDA
+#include "cuda/common/properties.h"
 #include "cuda/cuda.h"
 #endif
 
@@ -55,13 +56,13 @@ Status cuda_config(const DecodeParams& params, std::int32_t device, cuda::Decode
 // device has SMs.
 Status check_hint_rows(std::int32_t rows, const cuda::DecodeConfig& config, std::int32_t device) {
   if (rows == 1 || rows == config.schedule.num_parts) return {};
-  CudaDeviceInfo info;
-  FLASH_MLA_RETURN_IF_ERROR(cuda::device_info(device, &info));
-  if (rows <= info.num_sms) return {};
+  const cuda::DeviceProperties* properties = nullptr;
+  FLASH_MLA_RETURN_IF_ERROR(cuda::device_properties(device, &properties));
+  if (rows <= properties->num_sms) return {};
   return Status::error(
       StatusCode::kInvalidArgument,
       "decode: plan.metadata.shape[0] (num_parts) = %d, wanted %d, or 1 .. %d (SMs); see plan_size",
-      rows, config.schedule.num_parts, info.num_sms);
+      rows, config.schedule.num_parts, properties->num_sms);
 }
 
 Status decode_on_cuda(const DecodeArgs& args, const DecodePlan* plan, std::int32_t plan_rows,
