@@ -88,14 +88,13 @@ def read_stamp(build):
     file = Path(build) / "stamp.json"
     if not file.exists():
         return None
-    stamp = json.loads(file.read_text())
+    stamp = read(file)
     return stamp if stamp["digest"] == digest(stamp["toolkit"]) else None
 
 
 def write_stamp(build):
     toolkit = toolkit_version(build)
-    stamp = {"digest": digest(toolkit), "toolkit": toolkit}
-    (Path(build) / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
+    write(Path(build) / "stamp.json", {"digest": digest(toolkit), "toolkit": toolkit})
 
 
 def gpu():
@@ -112,20 +111,26 @@ def gpu():
     )
 
 
-def newest_result():
-    """(file, contents) of the newest file in bench/results by its date, or None."""
-    files = [(json.loads(file.read_text()), file) for file in sorted(RESULTS.glob("*.json"))]
-    if not files:
-        return None
-    result, file = max(files, key=lambda pair: (pair[0]["date"], pair[1].name))
-    return file, result
+def read(file):
+    return json.loads(file.read_text())
+
+
+def write(file, document):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def results():
+    """(file, contents) of every file in bench/results, oldest first."""
+    pairs = [(file, read(file)) for file in RESULTS.glob("*.json")]
+    return sorted(pairs, key=lambda pair: (pair[1]["date"], pair[0].name))
 
 
 def problems():
     """Why the ledger does not vouch for these sources; empty when it does."""
     if not LEDGER.exists():
         return [f"{LEDGER.relative_to(ROOT)} is missing: run make gpu-test on a Hopper GPU"]
-    ledger = json.loads(LEDGER.read_text())
+    ledger = read(LEDGER)
     here = toolkit_version()
     found = []
     if ledger["digest"] != digest(ledger["toolkit"]):
@@ -141,11 +146,13 @@ def problems():
             found.append(f"suite {name} has not run on a GPU")
         elif suite["failed"] or not suite["passed"]:
             found.append(f"suite {name}: {suite['passed']} passed, {suite['failed']} failed")
-    newest = newest_result()
-    if newest is None:
+    measured = results()
+    if not measured:
         found.append("bench/results is empty: run make gpu-bench on a Hopper GPU")
-    elif newest[1]["digest"] != digest(newest[1].get("toolkit", ledger["toolkit"])):
-        found.append(f"GPU code changed since {newest[0].relative_to(ROOT)} was measured")
+    else:
+        file, newest = measured[-1]
+        if newest["digest"] != digest(newest["toolkit"]):
+            found.append(f"GPU code changed since {file.relative_to(ROOT)} was measured")
     return found
 
 
@@ -153,7 +160,7 @@ def check():
     found = problems()
     if found:
         sys.exit("ledger-check: " + "\nledger-check: ".join(found))
-    ledger = json.loads(LEDGER.read_text())
+    ledger = read(LEDGER)
     print(f"ledger-check: tested on {ledger['gpu']} ({ledger['date']}), digest {ledger['digest']}")
 
 
