@@ -1,6 +1,7 @@
 # Decides whether the CUDA backend is built (FLASH_MLA_WITH_CUDA), lists its sources and says how they are compiled.
 set(FLASH_MLA_WITH_CUDA OFF)
 set(FLASH_MLA_CUDA_SOURCES)
+set(flash_mla_oldest_cuda 12.8)
 
 if(FLASH_MLA_CUDA STREQUAL "AUTO" OR FLASH_MLA_CUDA)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
@@ -11,14 +12,17 @@ if(FLASH_MLA_CUDA STREQUAL "AUTO" OR FLASH_MLA_CUDA)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
-    find_package(CUDAToolkit 12.8 REQUIRED)
+    find_package(CUDAToolkit REQUIRED)
+  endif()
+  if(CMAKE_CUDA_COMPILER AND CUDAToolkit_VERSION VERSION_GREATER_EQUAL ${flash_mla_oldest_cuda})
     set(FLASH_MLA_WITH_CUDA ON)
     message(STATUS "flash_mla: CUDA backend ON (CUDA ${CUDAToolkit_VERSION}, sm_90a)")
   elseif(FLASH_MLA_CUDA STREQUAL "AUTO")
-    message(WARNING "flash_mla: no nvcc found: building WITHOUT the CUDA backend, for the CPU alone. "
-                    "Set CUDACXX or FLASH_MLA_CUDA=ON to insist on it, FLASH_MLA_CUDA=OFF to silence this.")
+    message(WARNING "flash_mla: no nvcc of CUDA ${flash_mla_oldest_cuda} or newer: building WITHOUT the CUDA "
+                    "backend, for the CPU alone. CUDACXX names an nvcc; FLASH_MLA_CUDA=OFF silences this.")
   else()
-    message(FATAL_ERROR "flash_mla: FLASH_MLA_CUDA=ON, but no nvcc was found; set CUDACXX to its path")
+    message(FATAL_ERROR "flash_mla: FLASH_MLA_CUDA=ON, but no nvcc of CUDA ${flash_mla_oldest_cuda} or "
+                        "newer was found; set CUDACXX to its path")
   endif()
 endif()
 
@@ -38,6 +42,7 @@ endif()
 function(flash_mla_enable_cuda target)
   math(EXPR version "${CUDAToolkit_VERSION_MAJOR} * 1000 + ${CUDAToolkit_VERSION_MINOR} * 10")
   target_compile_definitions(${target} PRIVATE FLASH_MLA_WITH_CUDA FLASH_MLA_CUDA_VERSION=${version})
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
   target_compile_options(${target} PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-gencode arch=compute_90a,code=sm_90a>"
     $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>

@@ -216,10 +216,14 @@ class Checker {
   // sufficient, and also necessary but for layouts that nobody uses.
   Status no_overlap(const Layout& layout, const TensorView& view) const {
     if (!has_elements(view)) return {};
-    int order[kMaxRank];
-    for (int axis = 0; axis < view.rank; ++axis) order[axis] = axis;
-    std::sort(order, order + view.rank,
-              [&](int x, int y) { return view.stride[x] < view.stride[y]; });
+    int order[kMaxRank];  // axes by stride, finest first
+    for (int axis = 0; axis < view.rank; ++axis) {
+      int place = axis;
+      for (; place > 0 && view.stride[order[place - 1]] > view.stride[axis]; --place) {
+        order[place] = order[place - 1];
+      }
+      order[place] = axis;
+    }
     std::int64_t reach = 0;
     for (int i = 0; i < view.rank; ++i) {
       const int axis = order[i];
