@@ -133,10 +133,11 @@ def plot(result):
         f'<text x="10" y="18" font-size="13">Time of each peer over ours: {escape(result["gpu"])}, '
         f"{result['date']}</text>",
     ]
-    for index, (peer, name) in enumerate(PEERS.items()):
+    timed = [peer for peer in PEERS if any(peer in row["peers"] for row in rows)]
+    for index, peer in enumerate(timed):
         x = left + 110 * index
         parts.append(f'<circle cx="{x}" cy="36" r="4" fill="{COLORS[peer]}"/>')
-        parts.append(f'<text x="{x + 8}" y="40">{name}</text>')
+        parts.append(f'<text x="{x + 8}" y="40">{PEERS[peer]}</text>')
     bottom = top + step * len(rows)
     for tenth in range(math.ceil(low * 5), math.floor(high * 5) + 1):
         x, ours = axis(tenth / 5), tenth == 5
