@@ -42,8 +42,9 @@ endif()
 function(flash_mla_enable_cuda target)
   math(EXPR version "${CUDAToolkit_VERSION_MAJOR} * 1000 + ${CUDAToolkit_VERSION_MINOR} * 10")
   target_compile_definitions(${target} PRIVATE FLASH_MLA_WITH_CUDA FLASH_MLA_CUDA_VERSION=${version})
-  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
+  # NOTE: -std by hand, since CUDA_STANDARD 20 is unknown to CMake 3.25.1 (Debian 12).
   target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-gencode arch=compute_90a,code=sm_90a>"
     $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>
     $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-warn-spills>
