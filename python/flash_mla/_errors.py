@@ -1,0 +1,46 @@
+"""Turns what PyTorch's operators raise into the exceptions of the public functions."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+# The operators can raise ValueError and RuntimeError alone; of the other types the text starts with the name.
+_TAGS = {
+    "[TypeError] ": TypeError,
+    "[NotImplementedError] ": NotImplementedError,
+    "[RuntimeError] ": RuntimeError,
+}
+
+
+def _type_name(value: Any) -> str:
+    return type(value).__name__
+
+
+def require_tensors(function: str, **arguments: Any) -> None:
+    """Raises TypeError, naming the first of `arguments` that is not a tensor."""
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{function}: {name} is {_type_name(value)}, wanted a torch.Tensor")
+
+
+def raise_translated(error: RuntimeError, function: str, **arguments: Any) -> NoReturn:
+    """Raises the exception that `error`, from one of our operators, stands for.
+
+    An operator that was called with something else than tensors reports PyTorch's own error, which names the operator rather
+    than the caller's argument; `arguments` are the caller's tensors, looked at only then.
+    """
+    text = str(error)
+    for tag, kind in _TAGS.items():
+        if text.startswith(tag):
+            raise kind(text[len(tag) :]) from None
+    require_tensors(function, **arguments)
+    raise error
+
+
+def unsupported(function: str, argument: str, hint: str = "") -> NotImplementedError:
+    """The error for an argument that this release accepts by name only."""
+    return NotImplementedError(
+        f"{function}: {argument} is not supported yet" + (f"; {hint}" if hint else "")
+    )

@@ -1,0 +1,209 @@
+// The operators torch.ops.flash_mla.*: thin calls of the library. All checking of arguments is the
+// library's.
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "flash_mla/flash_mla.h"
+#include "tensor.h"
+#include "workspace.h"
+
+namespace flash_mla::python {
+namespace {
+
+// The CPU backend uses as many threads as PyTorch does.
+void follow_torch_threads(Device device) {
+  if (device.type != DeviceType::kCpu) return;
+  static std::atomic<std::uint32_t> last{0};
+  std::uint32_t threads = 0;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  if (threads == last.exchange(threads)) return;
+  check(set_cpu_num_threads(static_cast<std::int32_t>(threads)));
+}
+
+// The GPU kernel loads q in rows of 16 bytes. Engines pass slices of larger tensors, so what is not
+// aligned is copied.
+bool is_aligned(const TensorView& q) {
+  const std::int64_t elements = 16 / dtype_size(q.dtype);
+  if (reinterpret_cast<std::uintptr_t>(q.data) % 16 != 0) return false;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (q.shape[axis] > 1 && q.stride[axis] % elements != 0) return false;
+  }
+  return true;
+}
+
+// What all forms of the decode operator share. The views borrow from the tensors, which outlive it.
+struct DecodeCall {
+  DecodeArgs args;
+  DecodePlan plan;
+  std::optional<Tensor> aligned_q;
+
+  DecodeCall(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+             const Tensor& cache_seqlens, double softmax_scale, bool causal,
+             const std::optional<Tensor>& metadata, const std::optional<Tensor>& num_splits,
+             bool batch_invariant, bool validate) {
+    args.q = view_of(q, "q");
+    args.kv_cache = view_of(kv_cache, "k_cache");
+    args.block_table = view_of(block_table, "block_table");
+    args.cache_seqlens = view_of(cache_seqlens, "cache_seqlens");
+    args.softmax_scale = softmax_scale;
+    args.causal = causal;
+    args.batch_invariant = batch_invariant;
+    args.validate = validate;
+    if (metadata) plan.metadata = view_of(*metadata, "tile_scheduler_metadata");
+    if (num_splits) plan.num_splits = view_of(*num_splits, "num_splits");
+
+    if (args.q.device.type == DeviceType::kCuda && args.q.rank == 4 && args.q.stride[3] == 1 &&
+        !is_aligned(args.q)) {
+      aligned_q = new_tensor({args.q.shape[0], args.q.shape[1], args.q.shape[2], args.q.shape[3]},
+                             args.q.dtype, args.q.device);
+      torch::stable::copy_(*aligned_q, q);
+      args.q = view_of(*aligned_q, "q");
+    }
+  }
+
+  void run(const Tensor& out, const Tensor& lse) {
+    args.out = view_of(out, "out");
+    args.lse = view_of(lse, "lse");
+    const Device device = args.q.device;
+    follow_torch_threads(device);
+    const StreamHandle stream = current_stream(device);
+    const DecodeWorkspace workspace(args, stream);
+    check(flash_mla::decode(args, plan.metadata.defined() ? &plan : nullptr, workspace.get(),
+                            stream));
+  }
+};
+
+std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache,
+                                  const Tensor& block_table, const Tensor& cache_seqlens,
+                                  double softmax_scale, bool causal,
+                                  const std::optional<Tensor>& metadata,
+                                  const std::optional<Tensor>& num_splits, bool batch_invariant,
+                                  bool validate) {
+  DecodeCall call(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata,
+                  num_splits, batch_invariant, validate);
+  const TensorView& view = call.args.q;
+  const bool has_shape = view.rank == 4;  // otherwise run() refuses q
+  const std::int64_t b = has_shape ? view.shape[0] : 0, s_q = view.shape[1], h_q = view.shape[2];
+  Tensor out = new_tensor({b, s_q, h_q, kHeadDimV}, view.dtype, view.device);
+  Tensor lse = new_tensor({b, h_q, s_q}, DType::kFp32, view.device);
+  call.run(out, lse);
+  return {out, lse};
+}
+
+void decode_out(const Tensor& q, const Tensor& kv_cache, const Tensor& block_table,
+                const Tensor& cache_seqlens, double softmax_scale, bool causal,
+                const std::optional<Tensor>& metadata, const std::optional<Tensor>& num_splits,
+                bool batch_invariant, bool validate, const Tensor& out, const Tensor& lse) {
+  DecodeCall call(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata,
+                  num_splits, batch_invariant, validate);
+  call.run(out, lse);
+}
+
+constexpr std::int64_t kLongestTable = std::numeric_limits<std::int32_t>::max();  // tokens
+
+// Arguments of which only the shapes and the lengths matter, which is all that a plan depends on.
+DecodeArgs plan_args(const TensorView& cache_seqlens, std::int64_t s_q, std::int64_t h_q,
+                     std::int64_t h_kv, std::int64_t page_size) {
+  const Device device = cache_seqlens.device;
+  const std::int64_t b = cache_seqlens.shape[0];
+  DecodeArgs args;
+  args.q = contiguous_view(nullptr, DType::kBf16, device, {b, s_q, h_q, kHeadDimQk});
+  args.kv_cache = contiguous_view(nullptr, DType::kBf16, device, {0, page_size, h_kv, kHeadDimQk});
+  args.block_table = contiguous_view(nullptr, DType::kInt32, device,
+                                     {b, kLongestTable / std::max<std::int64_t>(page_size, 1)});
+  args.cache_seqlens = cache_seqlens;
+  return args;
+}
+
+std::tuple<Tensor, Tensor> plan(const Tensor& cache_seqlens, std::int64_t s_q, std::int64_t h_q,
+                                std::int64_t h_kv, std::int64_t page_size) {
+  const DecodeArgs args =
+      plan_args(view_of(cache_seqlens, "cache_seqlens"), s_q, h_q, h_kv, page_size);
+  const Device device = args.q.device;
+  std::int32_t num_parts = 0;
+  check(plan_size(args, &num_parts));
+  Tensor metadata = new_tensor({num_parts, kPlanRowInts}, DType::kInt32, device);
+  Tensor num_splits = new_tensor({args.q.shape[0] + 1}, DType::kInt32, device);
+  const DecodePlan plan = {view_of(metadata, "tile_scheduler_metadata"),
+                           view_of(num_splits, "num_splits")};
+  check(plan_decode(args, plan, current_stream(device)));
+  return {metadata, num_splits};
+}
+
+void append_kv_cache(const Tensor& kv_c, const Tensor& k_pe, const Tensor& kv_cache,
+                     const Tensor& slot_mapping) {
+  const AppendKvArgs args = {view_of(kv_c, "kv_c"), view_of(k_pe, "k_pe"),
+                             view_of(kv_cache, "kv_cache"), view_of(slot_mapping, "slot_mapping")};
+  follow_torch_threads(args.kv_cache.device);
+  check(append_kv(args, current_stream(args.kv_cache.device)));
+}
+
+std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs,
+                                        const std::vector<Tensor>& lses, bool fp32_out) {
+  if (outs.empty() || outs.size() != lses.size()) {
+    check(Status::error(StatusCode::kInvalidArgument,
+                        "merge_states: %zu outs and %zu lses, wanted equally many, at least 1",
+                        outs.size(), lses.size()));
+  }
+  std::vector<TensorView> out_views, lse_views;
+  for (const Tensor& out : outs) out_views.push_back(view_of(out, "outs"));
+  for (const Tensor& lse : lses) lse_views.push_back(view_of(lse, "lses"));
+  const TensorView& first = out_views.front();
+  Tensor out = new_tensor({first.shape[0], first.shape[1], first.shape[2], first.shape[3]},
+                          fp32_out ? DType::kFp32 : first.dtype, first.device);
+  Tensor lse =
+      new_tensor({first.shape[0], first.shape[2], first.shape[1]}, DType::kFp32, first.device);
+  MergeStatesArgs args;
+  args.outs = out_views.data();
+  args.lses = lse_views.data();
+  args.num_parts = static_cast<std::int32_t>(outs.size());
+  args.out = view_of(out, "out");
+  args.lse = view_of(lse, "lse");
+  follow_torch_threads(first.device);
+  check(flash_mla::merge_states(args, current_stream(first.device)));
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace flash_mla::python
+
+STABLE_TORCH_LIBRARY(flash_mla, library) {
+  library.def(
+      "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float "
+      "softmax_scale, bool causal, "
+      "Tensor? metadata, Tensor? num_splits, bool batch_invariant, bool validate) -> (Tensor out, "
+      "Tensor lse)");
+  library.def(
+      "decode_out(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float "
+      "softmax_scale, "
+      "bool causal, Tensor? metadata, Tensor? num_splits, bool batch_invariant, bool validate, "
+      "Tensor(a!) out, "
+      "Tensor(b!) lse) -> ()");
+  library.def(
+      "plan(Tensor cache_seqlens, int s_q, int h_q, int h_kv, int page_size) -> (Tensor metadata, "
+      "Tensor num_splits)");
+  library.def(
+      "append_kv_cache(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping) -> ()");
+  library.def(
+      "merge_states(Tensor[] outs, Tensor[] lses, bool fp32_out) -> (Tensor out, Tensor lse)");
+}
+
+#define FLASH_MLA_IMPLEMENT(dispatch_key)                                            \
+  STABLE_TORCH_LIBRARY_IMPL(flash_mla, dispatch_key, library) {                      \
+    library.impl("decode", TORCH_BOX(&flash_mla::python::decode));                   \
+    library.impl("decode_out", TORCH_BOX(&flash_mla::python::decode_out));           \
+    library.impl("plan", TORCH_BOX(&flash_mla::python::plan));                       \
+    library.impl("append_kv_cache", TORCH_BOX(&flash_mla::python::append_kv_cache)); \
+    library.impl("merge_states", TORCH_BOX(&flash_mla::python::merge_states));       \
+  }
+
+FLASH_MLA_IMPLEMENT(CPU)
+FLASH_MLA_IMPLEMENT(CUDA)
