@@ -100,9 +100,7 @@ def case_lengths(case: Case, seed: int = 0) -> list[int]:
     if not case.varlen:
         return [case.s_kv] * case.b
     draw = random.Random(seed)
-    return [
-        max(int(draw.normalvariate(case.s_kv, case.s_kv / 2)), case.s_q) for _ in range(case.b)
-    ]
+    return [max(int(draw.normalvariate(case.s_kv, case.s_kv / 2)), case.s_q) for _ in range(case.b)]
 
 
 def make_inputs(case: Case, device: str | torch.device, seed: int = 0) -> Inputs:
@@ -266,12 +264,12 @@ def measure_case(
 
     try:
         call = ours(inputs)
-        row["error"] = float(f"{check(call):.3g}")
+        row["error"] = _rounded(check(call))
         us, spread = clock(call, ms)
         us_with_plan, _ = clock(ours(inputs, replan=True), ms)
         row.update(us=round(us, 2), us_spread=round(spread, 2), us_with_plan=round(us_with_plan, 2))
-        row["tflops"] = round(case_flop(case, inputs.lengths) / us * 1e-6, 3)
-        row["gbps"] = round(case_bytes(case, inputs.lengths) / us * 1e-3, 2)
+        row["tflops"] = _rounded(case_flop(case, inputs.lengths) / us * 1e-6)
+        row["gbps"] = _rounded(case_bytes(case, inputs.lengths) / us * 1e-3)
         if device.type == "cuda":
             row["host_us"] = round(host_time(call), 2)
     except Exception as error:  # a case that fails is a row of the result, not the end of the run
@@ -312,23 +310,30 @@ def machine(device: str | torch.device) -> dict:
     return {"gpu": name, "driver": _driver_version(), "cuda": torch.version.cuda, **facts}
 
 
-def measure_ceilings(device: str | torch.device) -> dict:
+def measure_ceilings(device: str | torch.device) -> dict[str, float]:
     """What this device reaches on the plainest work: {"gbps": of a large copy, "tflops": of a
     large product} (bf16 on a GPU, fp32 on the CPU, where the decode's sums are fp32 too)."""
     device = torch.device(device)
-    on_gpu = device.type == "cuda"
-    clock = graph_time if on_gpu else host_clock_time
-    source = torch.zeros(2**30 if on_gpu else 2**26, dtype=torch.float32, device=device)
+    return {"gbps": _copy_gbps(device), "tflops": _product_tflops(device)}
+
+
+def _copy_gbps(device: torch.device) -> float:
+    clock, count = (graph_time, 2**30) if device.type == "cuda" else (host_clock_time, 2**26)
+    source = torch.zeros(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    copy_us, _ = clock(lambda: target.copy_(source))
-    copied = 2.0 * source.nbytes
-    del source, target
-    n = 8192 if on_gpu else 1024
-    matrix_dtype = torch.bfloat16 if on_gpu else torch.float32
-    a = torch.randn(n, n, dtype=matrix_dtype, device=device)
-    out = torch.empty_like(a)
-    product_us, _ = clock(lambda: torch.mm(a, a, out=out))
-    return {"gbps": copied / copy_us * 1e-3, "tflops": 2.0 * n**3 / product_us * 1e-6}
+    us, _ = clock(lambda: target.copy_(source))
+    return 2.0 * source.nbytes / us * 1e-3
+
+
+def _product_tflops(device: torch.device) -> float:
+    on_gpu = device.type == "cuda"
+    clock, n, dtype = (
+        (graph_time, 8192, torch.bfloat16) if on_gpu else (host_clock_time, 1024, torch.float32)
+    )
+    matrix = torch.randn(n, n, dtype=dtype, device=device)
+    out = torch.empty_like(matrix)
+    us, _ = clock(lambda: torch.mm(matrix, matrix, out=out))
+    return 2.0 * n**3 / us * 1e-6
 
 
 def _median_and_spread(run: Callable[[int], list[float]], ms: float) -> tuple[float, float]:
@@ -351,6 +356,10 @@ def _driver_version() -> str:
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     result = subprocess.run(query, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _one_line(error: Exception) -> str:

@@ -63,7 +63,8 @@ def _fa3_qv(inputs: Inputs) -> Callable[[], torch.Tensor]:
             *(s_q, max_seqlen, table, None, None),  # max_seqlen q, k, table, batch_idx, leftpad
             *(None, None, None),  # rotary cos, sin, seqlens
             *(None, None, None),  # q, k, v descale
-            *(inputs.softmax_scale, True, -1, -1, 0.0),  # scale, causal, window left, right, softcap
+            *(inputs.softmax_scale, True),  # softmax_scale, causal
+            *(-1, -1, 0.0),  # window left, right, softcap
             *(True, plan, 0, None, 0),  # rotary_interleaved, plan, num_splits, pack_gqa, sm_margin
             *(None, 1, 0, None),  # sinks, context-parallel world size, rank, total lengths
         )[0]

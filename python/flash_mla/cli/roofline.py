@@ -55,10 +55,12 @@ def roofline_plot(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.loglog([low, ridge, high], [low * gbps * 1e-3, peak, peak], color="black", linewidth=1.5)
-    axes.annotate(f"{gbps:,.0f} GB/s", (low, low * gbps * 1e-3), (4, 18), textcoords="offset points")
-    label = f"{peak:,.3g} TFLOPS"
-    offset = (-4, -14)
-    axes.annotate(label, (high, peak), offset, textcoords="offset points", ha="right")
+    middle = (low * ridge) ** 0.5
+    for label, point in (
+        (f"{gbps:,.0f} GB/s", (middle, middle * gbps * 1e-3)),
+        (f"{peak:,.3g} TFLOPS", (high, peak)),
+    ):
+        axes.annotate(label, point, (-8, 6), textcoords="offset points", ha="right")
     for (name, series), marker in zip(points.items(), _MARKERS, strict=False):
         size = 42 if name == OURS else 24
         xs, ys = [x for x, _ in series], [y for _, y in series]
