@@ -152,7 +152,7 @@ def problems():
     else:
         file, newest = measured[-1]
         if newest["digest"] != digest(newest["toolkit"]):
-            found.append(f"GPU code changed since {file.relative_to(ROOT)} was measured")
+            found.append(f"GPU code changed since bench/results/{file.name} was measured")
     return found
 
 
