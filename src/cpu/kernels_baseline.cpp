@@ -1,0 +1,13 @@
+// The kernels for any architecture: vectors of 4 lanes.
+#define FLASH_MLA_CPU_LANES 4
+#define FLASH_MLA_CPU_ROW_TILE 4
+#define FLASH_MLA_CPU_COLUMN_TILE 2
+#include "cpu/decode_kernel.h"
+#include "cpu/merge_kernel.h"
+
+namespace flash_mla::cpu {
+
+const Kernels kBaselineKernels = {"baseline", sizeof(Fp32Products<Bf16>::Scratch), decode_chunk,
+                                  finish, merge_row};
+
+}  // namespace flash_mla::cpu
