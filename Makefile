@@ -29,7 +29,7 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.c')
 
-.PHONY: help demo test test-cpp test-python bench gpu-test gpu-bench ledger-check lint format build gpu-build readme clean
+.PHONY: help demo test test-cpp test-python bench gpu-pack gpu-test gpu-bench ledger-check lint format build gpu-build readme clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
@@ -77,6 +77,12 @@ bench: build  ## time the CPU backend against the same maths in PyTorch
 # Binaries that were built elsewhere are used as they are when they were built from these very sources.
 gpu-build: $(READY)
 	@if $(PY) tools/ledger.py built $(BUILD); then $(MAKE) --no-print-directory link; else $(MAKE) --no-print-directory build; fi
+
+gpu-pack: build  ## gather what gpu-test and gpu-bench need in build/gpu, for a machine without a network
+	@rm -rf build/gpu && mkdir -p build/gpu/python build/gpu/tests/cpp
+	@cp $(BUILD)/stamp.json build/gpu && cp $(BUILD)/python/_C.abi3.so build/gpu/python
+	@cp $(BUILD)/tests/cpp/flash_mla_tests build/gpu/tests/cpp || echo 'gpu-pack: no C++ tests (no GoogleTest?)'
+	@echo 'There: make gpu-test BUILD=build/gpu VENV=none'
 
 gpu-test: gpu-build  ## run the GPU suites on a Hopper GPU and write tests/gpu-ledger.json
 	$(PY) tools/gpu_test.py --build $(BUILD) $(if $(TEST_BINARY),--test-binary $(TEST_BINARY)) $(foreach suite,$(SUITES),--suite $(suite))
