@@ -14,6 +14,7 @@ BENCH = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCH.parent / "tools"), str(BENCH.parent / "python")]
 
 import ledger  # noqa: E402
+
 from flash_mla.cli import measure, peers  # noqa: E402
 
 

@@ -71,7 +71,7 @@ def run(command, report):
 
 def run_python(build):
     report = build / "gpu-python.xml"
-    command = [sys.executable, "-m", "pytest", "tests/python", "-q", "-k", "cuda"]
+    command = [sys.executable, "-m", "pytest", "tests/python", "-q", "-m", "cuda"]
     return run([*command, f"--junitxml={report}"], report)[1]
 
 
