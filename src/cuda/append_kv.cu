@@ -20,15 +20,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCtasPerSm = 2;
-constexpr int kTokensPerCta =
-    2;  // a few warps a token, so that a decode's tokens seldom hash to the same one
+constexpr int kTokensPerCta = 2;  // several warps a token, so that few tokens share a warp
 constexpr int kLatent = kHeadDimV;
 constexpr int kRope = kHeadDimQk - kHeadDimV;
 constexpr int kElementBytes = 2;
 constexpr std::uint32_t kAllLanes = 0xffffffff;
 
-// One warp copies a row. Element is 16 bytes, or 2 where a base or stride is not a multiple of 16
-// bytes.
+// One warp copies a row. Element has 16 bytes, or 2 where an address or stride does not allow it.
 template <typename Element>
 __device__ void copy_row(const AppendKvParams& params, std::int64_t token, std::int64_t slot,
                          int lane) {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Copies one value back and waits for it.
 template <typename T>
-Status fetch(const T* from, T* to, cudaStream_t stream) noexcept {
+Status copy_to_host(const T* from, T* to, cudaStream_t stream) noexcept {
   FLASH_MLA_RETURN_IF_CUDA_ERROR(
       cudaMemcpyAsync(to, from, sizeof(T), cudaMemcpyDeviceToHost, stream));
   FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream));
@@ -107,11 +107,11 @@ Status validate_decode(const DecodeParams& params, const Workspace& workspace, s
   launch.stream = stream;
   FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaLaunchKernelEx(&launch, validate_kernel, args));
   Report found{};
-  FLASH_MLA_RETURN_IF_ERROR(fetch(report, &found, stream));
+  FLASH_MLA_RETURN_IF_ERROR(copy_to_host(report, &found, stream));
 
   std::int32_t value = 0;
   if (found.length != kNone) {
-    FLASH_MLA_RETURN_IF_ERROR(fetch(params.cache_seqlens + found.length, &value, stream));
+    FLASH_MLA_RETURN_IF_ERROR(copy_to_host(params.cache_seqlens + found.length, &value, stream));
     return Status::error(
         StatusCode::kInvalidArgument,
         "decode: cache_seqlens[%llu] = %d, wanted 0 .. %lld (max_pages * page_size)", found.length,
@@ -121,9 +121,9 @@ Status validate_decode(const DecodeParams& params, const Workspace& workspace, s
     const unsigned long long request = found.page >> 32;
     const unsigned long long column = found.page & 0xffffffff;
     FLASH_MLA_RETURN_IF_ERROR(
-        fetch(params.block_table +
-                  static_cast<std::int64_t>(request) * params.stride_block_table_b + column,
-              &value, stream));
+        copy_to_host(params.block_table +
+                         static_cast<std::int64_t>(request) * params.stride_block_table_b + column,
+                     &value, stream));
     return Status::error(StatusCode::kInvalidArgument,
                          "decode: block_table[%llu, %llu] = %d, wanted 0 .. num_pages - 1 = %d",
                          request, column, value, params.num_pages - 1);

@@ -14,7 +14,7 @@ namespace flash_mla::cuda {
 // status() before use.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(std::int32_t device) noexcept : status_(enter(device)) {}
+  explicit DeviceGuard(std::int32_t device) noexcept : status_(set_device(device)) {}
   ~DeviceGuard() {
     if (changed_) static_cast<void>(cudaSetDevice(previous_));
   }
@@ -24,7 +24,7 @@ class DeviceGuard {
   [[nodiscard]] const Status& status() const noexcept { return status_; }
 
  private:
-  Status enter(std::int32_t device) noexcept {
+  Status set_device(std::int32_t device) noexcept {
     FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaGetDevice(&previous_));
     if (previous_ == device) return {};
     FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaSetDevice(device));
@@ -34,7 +34,7 @@ class DeviceGuard {
 
   int previous_ = 0;
   bool changed_ = false;
-  Status status_;  // last: enter() writes the members above
+  Status status_;  // last: set_device() writes the members above
 };
 
 }  // namespace flash_mla::cuda

@@ -36,7 +36,7 @@ class RelaxedCapture {
 };
 
 // Zeroes `memory` on `stream` and waits for it.
-Status zero(void* memory, std::size_t bytes, cudaStream_t stream) noexcept {
+Status zero_memory(void* memory, std::size_t bytes, cudaStream_t stream) noexcept {
   FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaMemsetAsync(memory, 0, bytes, stream));
   FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaStreamSynchronize(stream));
   return {};
@@ -50,7 +50,7 @@ Status allocate_slab(std::size_t bytes, Slab* slab) noexcept {
   FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   void* memory = nullptr;
   const cudaError_t error = cudaMalloc(&memory, bytes);
-  Status status = error == cudaSuccess ? zero(memory, bytes, stream)
+  Status status = error == cudaSuccess ? zero_memory(memory, bytes, stream)
                                        : cuda_error(error, "allocate_counters", "cudaMalloc");
   static_cast<void>(cudaStreamDestroy(stream));
   if (!status.ok()) {

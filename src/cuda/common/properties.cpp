@@ -17,7 +17,7 @@ struct Entry {
   DeviceProperties properties;
 };
 
-Status query(std::int32_t device, DeviceProperties* properties) noexcept {
+Status query_device(std::int32_t device, DeviceProperties* properties) noexcept {
   // Single attributes: cudaGetDeviceProperties takes milliseconds and these are asked for on the
   // first call of a decode.
   const struct {
@@ -43,14 +43,14 @@ Status device_properties(std::int32_t device, const DeviceProperties** propertie
   static std::mutex mutex;
 
   if (device < 0 || device >= kMaxDevices) {
-    return Status::error(StatusCode::kInvalidArgument, "device = %d, wanted 0 .. %d", device,
-                         kMaxDevices - 1);
+    return Status::error(StatusCode::kInvalidArgument,
+                         "device_properties: device = %d, wanted 0 .. %d", device, kMaxDevices - 1);
   }
   Entry& entry = entries[static_cast<std::size_t>(device)];
   if (!entry.ready.load(std::memory_order_acquire)) {
     const std::lock_guard lock(mutex);
     if (!entry.ready.load(std::memory_order_relaxed)) {
-      FLASH_MLA_RETURN_IF_ERROR(query(device, &entry.properties));
+      FLASH_MLA_RETURN_IF_ERROR(query_device(device, &entry.properties));
       entry.ready.store(true, std::memory_order_release);
     }
   }

@@ -24,7 +24,8 @@ struct DeviceProperties {
 }
 
 // Points `*properties` at an entry that stays valid and constant for the life of the process.
-// Thread-safe; a failure is not remembered. Errors: kInvalidArgument (no such ordinal), kCudaError.
+// Thread-safe; a failure is not remembered. Errors: kInvalidArgument (no such ordinal),
+// kUnavailable (no driver), kCudaError.
 Status device_properties(std::int32_t device, const DeviceProperties** properties) noexcept;
 
 }  // namespace flash_mla::cuda

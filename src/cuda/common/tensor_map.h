@@ -17,14 +17,13 @@ namespace flash_mla::cuda {
 // of no pages gets a map whose only legal coordinates lie in params.q, so that nothing out of
 // bounds is read.
 //
-//   *part_map  box of 64 columns x 64 rows x 4 tiles: half of the latent (columns 0 .. 255 or 256
-//   .. 511), 32 KB *rope_map  box of 64 columns x 64 rows x 1 tile:  the RoPE columns (512 .. 575),
-//   8 KB
+//   *part_map: box of 64 columns x 64 rows x 4 tiles, half of the latent part, 32 KB
+//   *rope_map: box of 64 columns x 64 rows x 1 tile, for the RoPE part (tile 8), 8 KB
 //
 // The pointers are valid until the calling thread's next call: pass the maps by value
 // (__grid_constant__). Engines call with one cache per layer, the same ones at every step, so what
-// was made is remembered per thread, with no lock on the way. Errors: kCudaError (the driver
-// refused), kInternal (out of host memory).
+// was made is remembered per thread, with no lock on the way.
+// Errors: kCudaError (the driver refused), kInternal (out of host memory).
 Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, const CUtensorMap** part_map,
                       const CUtensorMap** rope_map) noexcept;
 

@@ -1,14 +1,12 @@
 // Finds, inside a CTA, the request in which a part of the schedule starts (core/schedule.h): the
-// first thing a persistent CTA does, so latency counts. Prefix sums over the lengths, cut in two
-// levels:
+// first thing a persistent CTA does, so latency counts. Prefix sums over the lengths on two levels:
 //
 //   1. each warp owns a contiguous range of requests, loads their lengths (coalesced, kRows loads
-//   per lane in flight) and
-//      sums their costs with redux.sync;
-//   2. after one barrier every thread knows all warp sums, so the schedule and the warp whose range
-//   the part starts in;
+//      per lane in flight) and sums their costs with redux.sync;
+//   2. after one barrier every thread knows all warp sums, and so the schedule and the warp whose
+//      range the part starts in;
 //   3. that warp finds the request with one scan over 32 lengths it still holds; a second barrier
-//   publishes it.
+//      publishes it.
 //
 // Up to kThreads requests cost one load per lane, up to kRows * kThreads one batch of loads; beyond
 // that the owning warp reads its range again. No atomics, no global memory: two CTAs agree because
@@ -48,14 +46,15 @@ struct FindStartScratch {
   Start start;
 };
 
-// Cost position schedule.part_begin(part) lies in the range [request_start_cost, request_start_cost
-// + cost of the request) of the request returned. Without splitting (!shape.split) the part's first
-// item may be a later one: the first that starts there or after.
+// Schedule::part_begin(part) lies in the range [request_start_cost, request_start_cost + cost of
+// the request) of the request returned. The part's first piece may be in a later item: a part can
+// begin in the overhead of one, and without splitting (!shape.split) it only has items that begin
+// in it.
 //
 // All kThreads threads of the CTA (one-dimensional) call it together with equal arguments and get
 // equal results. cache_seqlens is [b], lengths are clamped to 0 .. max_len (max_seqlen()).
-// `schedule` is overwritten. `scratch` is shared memory; a
-// __syncthreads() must lie between the call and the next use of that memory.
+// `schedule` is overwritten. `scratch` is shared memory; a __syncthreads() must lie between the
+// call and the next use of that memory.
 template <int kThreads>
 __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, std::int32_t max_len,
                             const ScheduleShape& shape, std::int32_t part, Schedule& schedule,

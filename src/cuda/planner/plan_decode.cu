@@ -6,14 +6,13 @@
 // counts the pieces it is cut into; then one thread a part writes the part's row. The schedule is a
 // closed form of these starts: core/schedule.h.
 //
-// metadata[p] = {first request, first block, last request, end block, split index, 0, 0, 0}
-//   first/last request: those of part p's first and last piece. With several items to a request
-//   (core/schedule.h), blocks are counted within the item; `end block` is one past the last. Split
-//   index: index of the first piece among those its item is cut into. A part without work has {b,
-//   0, 0, ...}.
-// num_splits[i] = pieces of all items of the requests before i.
-// A plan that splits nothing has one part with everything and one piece a request, whatever its
-// items.
+// metadata[p] = {first request, first block, last request, end block, split index, 0, 0, 0}:
+//   requests of part p's first and last piece; the block the first piece begins with and one past
+//   the last piece's, counted within the item where a request has several; index of the first piece
+//   among those its item is cut into. A part without work has {b, 0, 0, 0, 0, 0, 0, 0}.
+// num_splits[i]: pieces of all items of the requests before i.
+//
+// A plan that splits nothing has one part with everything and one piece a request.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -69,17 +68,21 @@ __device__ Item item_at(const Schedule& schedule, const Start& start, std::int64
   return {start.request_start_cost + index * cost, blocks, static_cast<std::int32_t>(index)};
 }
 
-// `starts` holds the request of every part that starts before `total`, the cost of everything.
+// `starts` holds the request of every part that begins before `total`, the cost of everything.
 __device__ void write_part(const PlanArgs& args, const Schedule& schedule, const Start* starts,
                            std::int64_t total, std::int32_t part) {
-  const std::int64_t begin = part * schedule.payload;
-  const std::int64_t end = begin + schedule.payload;
+  const std::int64_t begin = schedule.part_begin(part);
+  const std::int64_t end = schedule.part_begin(part + 1);
   if (begin >= total) {
     write_row(args.metadata, part, args.b, 0, 0, 0, 0);
     return;
   }
   const Item item = item_at(schedule, starts[part], begin);
   const Piece piece = schedule.piece(item.start_cost, item.blocks, part);
+  if (piece.empty()) {  // the part ends within the overhead of the item it begins in
+    write_row(args.metadata, part, args.b, 0, 0, 0, 0);
+    return;
+  }
   std::int32_t last_request = args.b - 1;
   std::int32_t end_block = 0;
   if (end < total) {  // the part ends where the next one begins
@@ -127,8 +130,10 @@ __global__ void __launch_bounds__(kThreads) plan_split(const __grid_constant__ P
 
     std::int32_t pieces = 0;
     if (exists) {
-      for (std::int64_t part = ceil_div(start, schedule.payload);
-           part < args.shape.num_parts && part * schedule.payload < start + cost; ++part) {
+      const std::int64_t first_part =
+          ceil_div<std::int64_t>(start - args.shape.overhead, schedule.payload);
+      for (std::int32_t part = max(static_cast<std::int32_t>(first_part), 0);
+           part < args.shape.num_parts && schedule.part_begin(part) < start + cost; ++part) {
         starts[part] = {request, seqlen, start};
       }
       for (std::int32_t item = 0; item < args.shape.items_per_request; ++item) {
