@@ -6,18 +6,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flash_mla.cli import bench, cache, check, demo, info
-
-_COMMANDS = (info, demo, check, bench, cache)
-
 
 def build_parser() -> argparse.ArgumentParser:
+    # Here and not above: flash_mla.cli.measure must import where there is no rich.
+    from flash_mla.cli import bench, cache, check, demo, info
+
     parser = argparse.ArgumentParser(
         prog="flash-mla",
         description="Multi-head Latent Attention decoding on Hopper GPUs and CPUs.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    for command in (info, demo, check, bench, cache):
         command.add_parser(subparsers)
     return parser
 

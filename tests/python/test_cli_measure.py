@@ -1,0 +1,156 @@
+"""The measuring core: cases, inputs, the check before the clock, peers, the plot."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_mla.cli import measure, peers, roofline
+
+CASES = Path(__file__).resolve().parents[2] / "bench" / "cases" / "dense.json"
+TINY = measure.Case("tiny", b=3, s_q=2, h_q=4, s_kv=130, varlen=True)
+
+
+def reference_adapter(inputs):
+    """A peer that is right: the reference of every request."""
+    requests = range(len(inputs.lengths))
+    return lambda: torch.stack([measure.reference_request(inputs, i) for i in requests])
+
+
+def test_dense_cases_have_the_tokens_they_say():
+    tokens = [case["tokens"] for case in json.loads(CASES.read_text())["cases"]]
+    assert [sum(measure.case_lengths(case)) for case in measure.load_cases(CASES)] == tokens
+
+
+def test_case_file_may_be_a_plain_list(tmp_path):
+    path = tmp_path / "cases.json"
+    path.write_text('[{"name": "x", "b": 1, "s_q": 1, "h_q": 2, "s_kv": 3, "note": "skipped"}]')
+    assert measure.load_cases(path) == [measure.Case("x", b=1, s_q=1, h_q=2, s_kv=3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "wanted a list of cases"),
+        ("[1]", "case 0"),
+        ('[{"name": "x"}]', "case 0: .*missing"),
+        ('[{"name": "x", "b": 0, "s_q": 1, "h_q": 2, "s_kv": 3}]', "positive integer"),
+        (
+            '[{"name": "x", "b": 1, "s_q": 1, "h_q": 3, "h_kv": 2, "s_kv": 3}]',
+            "no multiple of h_kv",
+        ),
+        ('[{"name": "x", "b": 1, "s_q": 1, "h_q": 2, "s_kv": 3, "dtype": "int4"}]', "dtype = int4"),
+        ("[", "Expecting value"),
+    ],
+)
+def test_bad_case_files(tmp_path, text, message):
+    path = tmp_path / "cases.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        measure.load_cases(path)
+
+
+def test_inputs_are_shuffled_and_repeatable():
+    first, second = (measure.make_inputs(TINY, "cpu", seed=1) for _ in range(2))
+    assert torch.equal(first.q, second.q) and torch.equal(first.kv_cache, second.kv_cache)
+    pages = first.block_table.flatten()
+    assert sorted(pages.tolist()) == list(range(first.kv_cache.shape[0]))
+    assert pages.tolist() != sorted(pages.tolist())
+    assert first.cache_seqlens.tolist() == first.lengths == measure.case_lengths(TINY, seed=1)
+    assert max(first.lengths) <= first.block_table.shape[1] * 64
+
+
+def test_reference_agrees_with_pytorch():
+    case = measure.Case("gqa", b=2, s_q=3, h_q=4, h_kv=2, s_kv=70, dtype="fp32")
+    inputs = measure.make_inputs(case, "cpu")
+    k = inputs.kv_cache[inputs.block_table[1].long()].flatten(0, 1)[:70].transpose(0, 1)
+    q = inputs.q[1].transpose(0, 1)
+    mask = torch.ones(3, 70, dtype=torch.bool).tril(diagonal=67)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(2, 0), k[..., :512].repeat_interleave(2, 0), attn_mask=mask
+    )
+    torch.testing.assert_close(measure.reference_request(inputs, 1), want.transpose(0, 1))
+
+
+def test_flop_and_bytes_of_one_case():
+    case = measure.Case("x", b=2, s_q=3, h_q=4, s_kv=5)
+    assert measure.case_flop(case, [5, 5]) == 2 * 3 * 4 * 10 * 1088
+    assert measure.case_bytes(case, [5, 5]) == 10 * 1152 + 2 * 3 * 4 * 1088 * 2
+
+
+def test_row(device):
+    def wrong(inputs):
+        right = reference_adapter(inputs)
+        return lambda: right() + 0.1
+
+    def broken(inputs):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    adapters = {"right": reference_adapter, "wrong": wrong, "broken": broken}
+    row = measure.measure_case(TINY, adapters, ms=5, device=device)
+    assert "failure" not in row, row
+    assert list(row) == [
+        *("name", "us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps", "error"),
+        *("peers", "peer_host_us"),
+    ]
+    assert row["us"] > 0 and row["us_with_plan"] > 0 and row["us_spread"] >= 0
+    assert 0 < row["error"] < measure.ERROR_LIMIT and (row["host_us"] is None) == (device == "cpu")
+    assert row["peers"]["right"] > 0
+    assert row["peers"]["wrong"].startswith("ArithmeticError: wrong result")
+    assert row["peers"]["broken"] == "RuntimeError: no such kernel"
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_our_failure_is_a_row(monkeypatch):
+    monkeypatch.setattr(measure, "ours", lambda inputs, replan=False: lambda: inputs.q * math.nan)
+    row = measure.measure_case(TINY, {"right": reference_adapter}, ms=1, device="cpu")
+    assert row["failure"] and row["us"] is None and row["peers"]["right"] > 0
+
+
+def test_median_and_spread_of_the_clock():
+    us, spread = measure.host_clock_time(lambda: statistics.mean(range(100)), ms=2)
+    assert us > 0 and spread >= 0
+
+
+def test_missing_peers_say_why(monkeypatch, tmp_path):
+    for peer in peers.PEERS.values():
+        if peer.environment:
+            monkeypatch.delenv(peer.environment, raising=False)
+    no_library = tmp_path / "peer.so"
+    no_library.write_text("not a library")
+    adapters, missing = peers.load_peers({"fa3_qv": str(no_library)})
+    assert set(adapters) | set(missing) == set(peers.PEERS)
+    assert str(no_library) in missing["fa3_qv"]
+    if "sgl_flash_mla" in missing:
+        assert "FLASH_MLA_PEER_SGL" in missing["sgl_flash_mla"]
+    with pytest.raises(ValueError, match="peer = other, wanted one of sgl_flash_mla"):
+        peers.load_peers({"other": "x.so"})
+
+
+def test_roofline_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"name": "x", "us": 10.0, "tflops": 2.0, "gbps": 40.0}
+    rows = [{**row, "peers": {"a": 20.0, "b": "failed"}}, {"name": "y", "us": None, "peers": {}}]
+    assert roofline.roofline_points(rows) == {"flash_mla": [(50.0, 2.0)], "a": [(50.0, 1.0)]}
+    ceilings = {"gbps": 3000.0, "tflops": 800.0}
+    roofline.roofline_plot(rows, ceilings, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("one.svg", "two.svg"):
+        roofline.roofline_plot(rows, ceilings, tmp_path / name, title="GPU")
+    assert "<svg" in (tmp_path / "one.svg").read_text()
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    with pytest.raises(ValueError, match="ends in .png or .svg"):
+        roofline.roofline_plot(rows, ceilings, tmp_path / "plot.pdf")
+    with pytest.raises(ValueError, match="no case was timed"):
+        roofline.roofline_plot(rows[1:], ceilings, tmp_path / "plot.png")
+
+
+@pytest.mark.cuda
+def test_graph_time_on_a_gpu():
+    x = torch.zeros(2**20, device="cuda")
+    us, spread = measure.graph_time(lambda: x.add_(1), ms=5)
+    assert 0 < us < 1000 and spread >= 0
+    assert 0 < measure.host_time(lambda: x.add_(1)) < 1000
