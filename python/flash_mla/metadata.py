@@ -108,6 +108,8 @@ def _plan_tensors(
             raise ValueError(f"{function}: {name} = {value}, wanted 1 or more")
     h_q = num_q_tokens_per_head_k * num_heads_k
     metadata, num_splits = _make_plan(function, cache_seqlens, 1, h_q, num_heads_k, _PAGE_SIZE)
+    if torch.compiler.is_compiling():
+        return metadata, num_splits  # Dynamo cannot trace what follows, and plain tensors are legal
     # The object's fields, so that the tensor can be used like the object. `tile_scheduler_metadata` is an alias and not the tensor
     # itself, which would then hold itself alive.
     metadata.have_initialized = False
