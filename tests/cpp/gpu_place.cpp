@@ -1,4 +1,5 @@
-// Device memory, streams and graphs for the tests. A CUDA error here ends the test program: nothing after it would mean anything.
+// Device memory, streams and graphs for the tests. A CUDA error here ends the test program: nothing
+// after it would mean anything.
 #include "gpu_place.h"
 
 #include <cuda_runtime_api.h>
@@ -75,8 +76,7 @@ void GpuPlace::take_back(TestTensor& tensor) {
 }
 
 GpuWorkspace::GpuWorkspace(const DecodeArgs& args) {
-  const Status sized =
-      workspace_size(args, &workspace_.counters_size, &workspace_.partials_size);
+  const Status sized = workspace_size(args, &workspace_.counters_size, &workspace_.partials_size);
   if (!sized.ok()) {
     std::fprintf(stderr, "%s\n", sized.message());
     std::abort();

@@ -1,4 +1,5 @@
-// The GPU as the tests see it: device memory, streams and graphs. gpu_place.cpp is the one test file that names the CUDA runtime.
+// The GPU as the tests see it: device memory, streams and graphs. gpu_place.cpp is the one test
+// file that names the CUDA runtime.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,457 @@
+// The GPU backend against the reference and the CPU backend, and what it promises besides. Every
+// test skips, and says why, where there is no Hopper GPU. GpuSanitized is the small subset that
+// compute-sanitizer runs.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "cache_problem.h"
+#include "decode_problem.h"
+#include "flash_mla/backend.h"
+#include "gpu_place.h"
+
+namespace flash_mla::test {
+namespace {
+
+#define SKIP_WITHOUT_GPU()                                                   \
+  if (const std::string why = why_no_gpu(); !why.empty()) {                  \
+    GTEST_SKIP() << "SKIPPED, NOT TESTED: no Hopper GPU to run on: " << why; \
+  }
+
+#define ASSERT_OK(expression)                       \
+  do {                                              \
+    const Status status_ = (expression);            \
+    ASSERT_TRUE(status_.ok()) << status_.message(); \
+  } while (false)
+
+std::string case_name(const testing::TestParamInfo<DecodeCase>& info) { return info.param.name; }
+
+const DecodeCase kUneven = {
+    .name = "uneven", .s_q = 2, .h_q = 12, .lengths = {3000, 1, 64, 0, 700}, .causal = true};
+const DecodeCase kUnevenTurned = {
+    .name = "uneven_turned", .s_q = 2, .h_q = 12, .lengths = {64, 3000, 700, 1, 0}, .causal = true};
+
+// A problem on the GPU with its workspace and stream.
+struct GpuRun {
+  explicit GpuRun(const DecodeCase& decode_case, std::uint32_t seed = 1)
+      : problem(decode_case, seed), args(problem.args(std::move(place))), workspace(args) {}
+
+  [[nodiscard]] Status run(const DecodePlan* plan = nullptr) {
+    return decode(args, plan, workspace.get(), stream.get());
+  }
+  // Brings the results here.
+  void finish() {
+    stream.synchronize();
+    place.take_back(problem.out);
+    place.take_back(problem.lse);
+  }
+  void check_result() {
+    finish();
+    problem.check_result();
+    EXPECT_TRUE(workspace.intact()) << "counters changed, or written outside the workspace";
+  }
+  // Result bytes, out then lse.
+  [[nodiscard]] std::vector<std::byte> result() {
+    finish();
+    std::vector<std::byte> bytes(problem.out.storage().begin(), problem.out.storage().end());
+    bytes.insert(bytes.end(), problem.lse.storage().begin(), problem.lse.storage().end());
+    return bytes;
+  }
+  void clear_outputs() {
+    problem.clear_outputs();
+    place.put(problem.out);
+    place.put(problem.lse);
+  }
+
+  GpuPlace place;
+  DecodeProblem problem;
+  DecodeArgs args;
+  GpuWorkspace workspace;
+  Stream stream;
+};
+
+// A plan's tensors on the GPU.
+struct GpuPlan {
+  GpuPlan(GpuRun& run, std::int64_t rows)
+      : metadata(DType::kInt32, {rows, kPlanRowInts}),
+        num_splits(DType::kInt32, {run.args.q.shape[0] + 1}),
+        plan{run.place.put(metadata), run.place.put(num_splits)} {}
+
+  TestTensor metadata, num_splits;
+  DecodePlan plan;
+};
+
+std::int32_t plan_rows(const DecodeArgs& args) {
+  std::int32_t rows = 0;
+  const Status status = plan_size(args, &rows);
+  EXPECT_TRUE(status.ok()) << status.message();
+  return rows;
+}
+
+class GpuDecode : public testing::TestWithParam<DecodeCase> {};
+
+TEST_P(GpuDecode, MatchesReference) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(GetParam());
+  ASSERT_OK(run.run());
+  run.check_result();
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GpuDecode, testing::ValuesIn(gpu_decode_cases()), case_name);
+
+TEST(GpuDecodeRandom, MatchesReference) {
+  SKIP_WITHOUT_GPU();
+  std::mt19937 random(11);
+  const auto draw = [&](int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+  };
+  for (int i = 0; i < 40; ++i) {
+    DecodeCase decode_case;
+    decode_case.dtype = draw(0, 1) != 0 ? DType::kBf16 : DType::kFp16;
+    decode_case.s_q = draw(0, 3) != 0 ? draw(1, 4) : draw(5, 40);
+    decode_case.h_kv = draw(0, 2) != 0 ? 1 : draw(1, 4);
+    decode_case.h_q = decode_case.h_kv * draw(1, 130 / decode_case.h_kv / decode_case.s_q + 1);
+    decode_case.lengths.resize(draw(1, 12));
+    for (std::int32_t& length : decode_case.lengths) length = draw(0, draw(1, 600));
+    decode_case.causal = draw(0, 1) != 0;
+    decode_case.strided = draw(0, 1) != 0;
+    decode_case.empty_lse =
+        draw(0, 1) != 0 ? EmptyLse::kPositiveInfinity : EmptyLse::kNegativeInfinity;
+    SCOPED_TRACE(testing::Message()
+                 << "draw " << i << ": s_q " << decode_case.s_q << ", h_q " << decode_case.h_q
+                 << ", h_kv " << decode_case.h_kv << ", causal " << decode_case.causal);
+    GpuRun run(decode_case, i);
+    ASSERT_OK(run.run());
+    run.check_result();
+  }
+}
+
+// Too large for the naive reference: against the CPU backend, at the tolerance that callers of this
+// API test with.
+class GpuDecodeLarge : public testing::TestWithParam<DecodeCase> {};
+
+std::vector<DecodeCase> large_cases() {
+  std::vector<std::int32_t> mixed, short_ones;
+  std::mt19937 random(2);
+  for (int i = 0; i < 64; ++i) {
+    mixed.push_back(std::uniform_int_distribution<int>(0, 3000)(random));
+  }
+  for (int i = 0; i < 1500; ++i) short_ones.push_back(i % 70);
+  return {{.name = "heads_128", .h_q = 128, .lengths = mixed},
+          {.name = "heads_128_sq2_causal", .s_q = 2, .h_q = 128, .lengths = mixed, .causal = true},
+          {.name = "heads_16_fp16", .dtype = DType::kFp16, .h_q = 16, .lengths = mixed},
+          {.name = "one_long", .h_q = 128, .lengths = {32768}},
+          {.name = "sq128", .s_q = 128, .h_q = 16, .lengths = {2000, 300}, .causal = true},
+          {.name = "many_short", .h_q = 16, .lengths = short_ones}};
+}
+
+TEST_P(GpuDecodeLarge, AgreesWithCpu) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(GetParam());
+  ASSERT_OK(run.run());
+  run.finish();
+  EXPECT_TRUE(run.workspace.intact());
+  EXPECT_TRUE(run.problem.out.guards_intact() && run.problem.lse.guards_intact());
+  const std::vector<double> out = run.problem.out.values(), lse = run.problem.lse.values();
+  run.problem.clear_outputs();
+  ASSERT_OK(decode(run.problem.args(), nullptr, {}, nullptr));
+  const std::vector<double> cpu_out = run.problem.out.values();
+  const std::vector<double> cpu_lse = run.problem.lse.values();
+  std::size_t bad_out = 0, bad_lse = 0;
+  double product = 0.0, square = 0.0, cpu_square = 0.0;
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    bad_out += !(std::abs(out[i] - cpu_out[i]) <= 8e-4 + 0.016 * std::abs(cpu_out[i]));
+    product += out[i] * cpu_out[i];
+    square += out[i] * out[i];
+    cpu_square += cpu_out[i] * cpu_out[i];
+  }
+  for (std::size_t i = 0; i < lse.size(); ++i) {
+    bad_lse += lse[i] != cpu_lse[i] &&
+               !(std::abs(lse[i] - cpu_lse[i]) <= 1e-6 + 1.2e-4 * std::abs(cpu_lse[i]));
+  }
+  EXPECT_EQ(bad_out, 0u) << "of " << out.size();
+  EXPECT_EQ(bad_lse, 0u) << "of " << lse.size();
+  EXPECT_LE(1.0 - 2.0 * product / (square + cpu_square), 5e-6);
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, GpuDecodeLarge, testing::ValuesIn(large_cases()), case_name);
+
+TEST(GpuPromises, RerunsAreEqualBitForBit) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  ASSERT_OK(run.run());
+  const std::vector<std::byte> first = run.result();
+  for (int i = 0; i < 20; ++i) {
+    run.clear_outputs();
+    ASSERT_OK(run.run());
+    ASSERT_TRUE(run.result() == first) << "rerun " << i;
+  }
+}
+
+TEST(GpuPromises, BatchInvariant) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  run.args.batch_invariant = true;
+  ASSERT_OK(run.run());
+  run.check_result();
+  const std::vector<double> together = run.problem.out.values();
+  const std::vector<std::byte> bytes = run.result();
+  const std::size_t size = together.size() / kUneven.lengths.size();
+
+  // A plan of one row means the same.
+  GpuPlan one_row(run, 1);
+  run.args.batch_invariant = false;
+  run.clear_outputs();
+  ASSERT_OK(run.run(&one_row.plan));
+  EXPECT_TRUE(run.result() == bytes);
+
+  run.args.batch_invariant = true;
+  for (std::size_t request = 0; request < kUneven.lengths.size(); ++request) {
+    run.clear_outputs();
+    DecodeArgs alone = run.args;
+    for (TensorView* view :
+         {&alone.q, &alone.block_table, &alone.cache_seqlens, &alone.out, &alone.lse}) {
+      view->data =
+          static_cast<std::byte*>(view->data) + request * view->stride[0] * dtype_size(view->dtype);
+      view->shape[0] = 1;
+    }
+    ASSERT_OK(decode(alone, nullptr, run.workspace.get(), run.stream.get()));
+    run.finish();
+    const std::vector<double> out = run.problem.out.values();
+    EXPECT_TRUE(
+        std::memcmp(&out[request * size], &together[request * size], size * sizeof(double)) == 0)
+        << "request " << request;
+  }
+}
+
+TEST(GpuPromises, PlanCoversTheBatch) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  GpuPlan plan(run, plan_rows(run.args));
+  ASSERT_OK(plan_decode(run.args, plan.plan, run.stream.get()));
+  run.stream.synchronize();
+  run.place.take_back(plan.metadata);
+  run.place.take_back(plan.num_splits);
+  EXPECT_TRUE(plan.metadata.guards_intact() && plan.num_splits.guards_intact());
+  const std::vector<double> splits = plan.num_splits.values(), rows = plan.metadata.values();
+  EXPECT_EQ(splits.front(), 0.0);
+  for (std::size_t i = 1; i < splits.size(); ++i) EXPECT_GE(splits[i], splits[i - 1] + 1);
+  EXPECT_EQ(rows[0], 0.0);
+  EXPECT_EQ(rows[1], 0.0);
+  ASSERT_OK(run.run(&plan.plan));
+  run.check_result();
+}
+
+TEST(GpuPromises, PlanContentsAreNeverTrusted) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  GpuPlan plan(run, plan_rows(run.args));
+  for (const double garbage : {0.0, -1.0, 2147480000.0, 77.0}) {
+    plan.metadata.set_all(std::vector<double>(plan.metadata.num_elements(), garbage));
+    plan.num_splits.set_all(std::vector<double>(plan.num_splits.num_elements(), garbage));
+    run.place.put(plan.metadata);
+    run.place.put(plan.num_splits);
+    run.clear_outputs();
+    ASSERT_OK(run.run(&plan.plan));
+    run.check_result();
+  }
+}
+
+TEST(GpuPromises, GraphReplaysWithOtherLengths) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  GpuPlan plan(run, plan_rows(run.args));
+  Status planned, decoded;
+  Graph graph(run.stream, [&] {
+    planned = plan_decode(run.args, plan.plan, run.stream.get());
+    decoded = run.run(&plan.plan);
+  });
+  ASSERT_OK(planned);
+  ASSERT_OK(decoded);
+  for (int i = 0; i < 3; ++i) {
+    graph.replay(run.stream);
+    run.check_result();
+
+    DecodeProblem other(kUnevenTurned, 100 + i);
+    run.stream.synchronize();
+    const std::vector<TestTensor*> here = run.problem.tensors(), there = other.tensors();
+    for (std::size_t tensor = 0; tensor < here.size(); ++tensor) {
+      run.place.put_as(*here[tensor], *there[tensor]);
+    }
+    graph.replay(run.stream);
+    run.finish();
+    std::swap(run.problem.out, other.out);
+    std::swap(run.problem.lse, other.lse);
+    other.check_result();
+    EXPECT_TRUE(run.workspace.intact());
+
+    run.problem.clear_outputs();
+    for (TestTensor* tensor : here) run.place.put(*tensor);
+  }
+}
+
+TEST(GpuPromises, TwoStreamsAtOnce) {
+  SKIP_WITHOUT_GPU();
+  GpuRun one(kUneven, 1), two(kUnevenTurned, 2);
+  for (int i = 0; i < 20; ++i) {
+    ASSERT_OK(one.run());
+    ASSERT_OK(two.run());
+  }
+  one.check_result();
+  two.check_result();
+}
+
+TEST(GpuPromises, OneWorkspaceServesManyShapes) {
+  SKIP_WITHOUT_GPU();
+  GpuRun large({.name = "large", .s_q = 2, .h_q = 128, .lengths = {3000, 1, 64, 0, 700}});
+  for (const DecodeCase& decode_case : {kUneven, kUnevenTurned}) {
+    GpuRun small(decode_case);
+    ASSERT_OK(decode(small.args, nullptr, large.workspace.get(), small.stream.get()));
+    small.check_result();
+  }
+  ASSERT_OK(large.run());
+  large.check_result();
+}
+
+TEST(GpuPromises, RefusedCallsLeaveNothingBehind) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  DecodeArgs bad = run.args;
+  bad.q.shape[3] = 512;
+  EXPECT_FALSE(decode(bad, nullptr, run.workspace.get(), run.stream.get()).ok());
+  Workspace small = run.workspace.get();
+  if (small.partials_size > 0) {
+    --small.partials_size;
+    EXPECT_EQ(decode(run.args, nullptr, small, run.stream.get()).code(),
+              StatusCode::kInvalidArgument);
+  }
+  GpuPlan long_plan(run, 10000);
+  EXPECT_EQ(run.run(&long_plan.plan).code(), StatusCode::kInvalidArgument);
+  ASSERT_OK(run.run());
+  run.check_result();
+}
+
+void check_validate() {
+  GpuRun run(kUneven);
+  run.args.validate = true;
+  ASSERT_OK(run.run());
+  run.check_result();
+
+  const DecodeCase small = {.name = "small", .h_q = 2, .lengths = {100, 128}};
+  for (const std::int32_t length : {-1, 5 * 64 + 1}) {
+    GpuRun bad(small);
+    bad.args.validate = true;
+    bad.problem.cache_seqlens.set(1, length);
+    bad.place.put(bad.problem.cache_seqlens);
+    const Status status = bad.run();
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
+    EXPECT_EQ(std::string(status.message()),
+              "decode: cache_seqlens[1] = " + std::to_string(length) +
+                  ", wanted 0 .. 320 (max_pages * page_size)");
+    bad.finish();
+    EXPECT_TRUE(bad.problem.out.never_written() && bad.problem.lse.never_written());
+  }
+  GpuRun bad(small);
+  bad.args.validate = true;
+  bad.problem.block_table.set(bad.problem.reference.max_pages + 1, 2147480000);
+  bad.place.put(bad.problem.block_table);
+  const Status status = bad.run();
+  EXPECT_EQ(std::string(status.message()),
+            "decode: block_table[1, 1] = 2147480000, wanted 0 .. num_pages - 1 = 5");
+  bad.finish();
+  EXPECT_TRUE(bad.problem.out.never_written() && bad.problem.lse.never_written());
+}
+
+TEST(GpuValidate, FindsBadContents) {
+  SKIP_WITHOUT_GPU();
+  check_validate();
+}
+
+TEST(GpuValidate, RefusedUnderCapture) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  run.args.validate = true;
+  Status refused;
+  Graph graph(run.stream, [&] { refused = run.run(); });
+  EXPECT_EQ(refused.code(), StatusCode::kInvalidArgument) << refused.message();
+  run.args.validate = false;
+  ASSERT_OK(run.run());
+  run.check_result();
+}
+
+TEST(GpuCache, AppendMatchesReference) {
+  SKIP_WITHOUT_GPU();
+  Stream stream;
+  const std::vector<AppendCase> cases = append_cases();
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(i);
+    GpuPlace place;
+    check_append(cases[i], place, stream.get(), [&] { stream.synchronize(); });
+  }
+}
+
+TEST(GpuCache, AppendSkipsSlotsPastTheCache) {
+  SKIP_WITHOUT_GPU();
+  GpuPlace place;
+  Stream stream;
+  TestTensor kv_c(DType::kBf16, {2, 512}), k_pe(DType::kBf16, {2, 64});
+  TestTensor kv_cache(DType::kBf16, {2, 64, 576}), slots(DType::kInt64, {2});
+  slots.set_all({128, 1e15});
+  ASSERT_OK(append_kv({place.put(kv_c), place.put(k_pe), place.put(kv_cache), place.put(slots)},
+                      stream.get()));
+  stream.synchronize();
+  place.take_back(kv_cache);
+  EXPECT_TRUE(kv_cache.never_written());
+}
+
+TEST(GpuCache, MergeMatchesReference) {
+  SKIP_WITHOUT_GPU();
+  Stream stream;
+  const std::vector<MergeCase> cases = merge_cases();
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(i);
+    GpuPlace place;
+    check_merge(cases[i], place, stream.get(), [&] { stream.synchronize(); });
+  }
+}
+
+class GpuSanitized : public testing::TestWithParam<DecodeCase> {};
+
+TEST_P(GpuSanitized, Decode) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(GetParam());
+  GpuPlan plan(run, plan_rows(run.args));
+  ASSERT_OK(plan_decode(run.args, plan.plan, run.stream.get()));
+  ASSERT_OK(run.run(&plan.plan));
+  run.check_result();
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, GpuSanitized,
+    testing::Values(
+        DecodeCase{.name = "split", .h_q = 16, .lengths = {1500, 1, 0, 70}},
+        DecodeCase{.name = "pair", .s_q = 2, .h_q = 65, .lengths = {400, 130}, .causal = true},
+        DecodeCase{.name = "fp16_strided",
+                   .dtype = DType::kFp16,
+                   .h_q = 6,
+                   .h_kv = 2,
+                   .lengths = {300, 64},
+                   .strided = true},
+        DecodeCase{.name = "teams", .s_q = 17, .h_q = 12, .lengths = {500, 16}, .causal = true}),
+    case_name);
+
+TEST(GpuSanitizedCache, AppendMergeValidate) {
+  SKIP_WITHOUT_GPU();
+  Stream stream;
+  for (const int i : {1, 2}) {
+    GpuPlace place;
+    check_append(append_cases()[i], place, stream.get(), [&] { stream.synchronize(); });
+    check_merge(merge_cases()[i], place, stream.get(), [&] { stream.synchronize(); });
+  }
+  check_validate();
+}
+
+}  // namespace
+}  // namespace flash_mla::test
