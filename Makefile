@@ -43,19 +43,21 @@ $(VENV)/.lint-ready: tools/requirements.txt tools/make_venv.py
 	touch $@
 
 # One CMake tree serves the library, the C++ tests and the Python extension, so that every file is compiled once. A tree that was carried
-# here from another folder is configured afresh. The log keeps what ptxas said (tools/check_spills.py); the stamp, what was built.
+# here from another folder is configured afresh. The log keeps what ptxas said (tools/check_spills.py). The stamp says which sources were
+# built; it is written first, so that a source that changes under the build makes the stamp wrong, never the ledger.
 build: $(READY)  ## build the library, its tests and the Python extension
 	@mkdir -p $(BUILD)
 	@fresh=; grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' $(BUILD)/CMakeCache.txt || { fresh=--fresh; rm -f $(BUILD)/build.log; }; \
 	cmake $$fresh -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASH_MLA_PYTHON=ON -DFLASH_MLA_BUILD_TESTS=ON \
-	  -DPython_EXECUTABLE="$$(command -v $(PY))" $(CMAKE_FLAGS)
-	@cmake --build $(BUILD) -j $(JOBS) 2>&1 | tee -a $(BUILD)/build.log | { grep -v '^ptxas info\|bytes stack frame\|^nvlink info' || true; }
+	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" $(CMAKE_FLAGS)
 	@$(PY) tools/ledger.py stamp $(BUILD)
+	@cmake --build $(BUILD) -j $(JOBS) 2>&1 | tee -a $(BUILD)/build.log | { grep -v '^ptxas info\|bytes stack frame' || true; } \
+	  || { rm -f $(BUILD)/stamp.json; exit 1; }
 	@$(MAKE) --no-print-directory link
 
 .PHONY: link
 link:
-	@ln -sfn ../../$(BUILD)/python/_C.abi3.so python/flash_mla/_C.abi3.so
+	@ln -sfn $(if $(filter /%,$(BUILD)),,../../)$(BUILD)/python/_C.abi3.so python/flash_mla/_C.abi3.so
 
 demo: build  ## decode a real text through an MLA layer and show what it saves
 	@$(PY) -m flash_mla.cli demo
@@ -63,7 +65,7 @@ demo: build  ## decode a real text through an MLA layer and show what it saves
 test: build  ## build and test everything this machine can
 	@if [ -n "$$(find $(BUILD) -name '*.cu.o' -print -quit)" ]; then $(PY) tools/check_spills.py $(BUILD); \
 	else echo 'no nvcc: the CPU part alone was built and is tested; the CUDA code was neither compiled nor run'; fi
-	@$(MAKE) --no-print-directory test-cpp test-python
+	@$(MAKE) --no-print-directory --keep-going test-cpp test-python
 
 test-cpp:
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=ignore -j $(JOBS)
