@@ -60,9 +60,16 @@ def cases(tmp_path):
 # info
 
 
-def test_info_json(capsys):
+def test_info_json(device, capsys):
     assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == flash_mla.info()
+    document = json.loads(capsys.readouterr().out)
+    variants = document.pop("variants")
+    assert document == flash_mla.info()
+    answers = next(answers for name, answers in variants.items() if name.startswith(device))
+    for variant in ("decode bf16", "decode fp16", "decode, pages of 64", "append_kv_cache"):
+        assert answers[variant] == ""
+    assert (answers["decode fp32"] == "") == (device == "cpu")
+    assert "attn_sink" in answers["decode, attention sink"]
 
 
 def test_info_table_says_why_not(capsys, monkeypatch):

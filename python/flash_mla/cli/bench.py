@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _SMALL_CASES = Path(__file__).with_name("small_cases.json")
+_FAILED = "[red]failed[/]"
+_LIVE_MARGIN = 6  # lines of the screen that the live table leaves for its head and the bar
 _PLAIN_WIDTH = 160  # columns of a table that goes to a file
 _CSV_COLUMNS = ("name", "us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps", "error")
 
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         list(peers),
         lambda case: measure.measure_case(case, peers, args.ms, device, args.seed),
     )
+    for failure in _failures(rows):
+        console.print(failure, style="red", markup=False)
     document = {
         **measure.machine(device),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -115,45 +119,56 @@ def measure_with_table(
         console=console,
     )
     task = progress.add_task("", total=len(cases))
-    table = result_table(peer_names)
-    with Live(Group(table, progress), console=console, refresh_per_second=4) as live:
+    visible = max(console.height - _LIVE_MARGIN, 1)
+    with Live(progress, console=console, refresh_per_second=4) as live:
         for case in cases:
             progress.update(task, description=case.name)
-            row = measure_one(case)
-            rows.append(row)
-            add_result(table, row, peer_names)
+            rows.append(measure_one(case))
             progress.advance(task)
-        live.update(table, refresh=True)
+            live.update(Group(result_table(rows[-visible:], peer_names), progress))
+        live.update(result_table(rows, peer_names), refresh=True)
     return rows
 
 
-def result_table(peer_names: list[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("case", no_wrap=True)
-    columns = ["us", "+-", "with plan", "host us", "TFLOPS", "GB/s", "error"]
-    for column in [*columns, *peer_names, *(["vs best peer"] if peer_names else [])]:
-        table.add_column(column, justify="right")
+def result_table(rows: list[dict], peer_names: list[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("case", overflow="fold")
+    columns = ["us", "+-", "with\nplan", "host\nus", "TFLOPS", "GB/s", "error"]
+    if peer_names:
+        columns += [*(name.replace("_", "\n") for name in peer_names), "best peer\nover ours"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["name"], *_cells(row, peer_names))
     return table
 
 
-def add_result(table: Table, row: dict, peer_names: list[str]) -> None:
-    if "failure" in row:
-        cells = [f"[red]{row['failure']}[/]", *[""] * 6]
-    else:
-        keys = ("us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps")
-        cells = [_number(row[key]) for key in keys] + [f"{row['error']:.1e}"]
-    times = [row["peers"].get(name) for name in peer_names]
-    cells += [_number(us) if isinstance(us, float) else f"[red]{us}[/]" for us in times]
-    if peer_names:
-        timed = [us for us in times if isinstance(us, float)]
-        cells.append(f"{min(timed) / row['us']:.2f}x" if timed and row["us"] else "-")
-    table.add_row(row["name"], *cells)
+def _cells(row: dict, peer_names: list[str]) -> list[str]:
+    keys = ("us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps", "error")
+    cells = [_FAILED, *[""] * 6] if "failure" in row else [_number(row[key]) for key in keys]
+    if not peer_names:
+        return cells
+    times = [row["peers"][name] for name in peer_names]
+    cells += [_FAILED if isinstance(us, str) else _number(us) for us in times]
+    timed = [us for us in times if not isinstance(us, str)]
+    cells.append(f"{min(timed) / row['us']:.2f}x" if timed and row["us"] else "-")
+    return cells
+
+
+def _failures(rows: list[dict]) -> list[str]:
+    """What went wrong, one line each."""
+    lines = []
+    for row in rows:
+        reasons = {"ours": row["failure"]} if "failure" in row else {}
+        reasons.update((name, us) for name, us in row["peers"].items() if isinstance(us, str))
+        lines += [f"{row['name']}: {name}: {reason}" for name, reason in reasons.items()]
+    return lines
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 10 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def write_csv(rows: list[dict], peer_names: list[str], file: TextIO) -> None:
@@ -161,8 +176,8 @@ def write_csv(rows: list[dict], peer_names: list[str], file: TextIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_CSV_COLUMNS, *(f"{name}_us" for name in peer_names), "failure"])
     for row in rows:
-        times = [row["peers"].get(name) for name in peer_names]
-        times = [us if isinstance(us, float) else "" for us in times]
+        times = [row["peers"][name] for name in peer_names]
+        times = ["" if isinstance(us, str) else us for us in times]
         ours = ["" if row[key] is None else row[key] for key in _CSV_COLUMNS]
         writer.writerow([*ours, *times, row.get("failure", "")])
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -168,7 +169,7 @@ def _table(rows: list[dict]) -> Table:
     for row in rows:
         if "failure" in row:
             figures = ["-"] * 4
-            state = f"[red]{row['failure']}[/]"
+            state = f"[red]{escape(row['failure'])}[/]"
         else:
             keys = ("out_error", "out_limit", "lse_error", "lse_limit")
             figures = [f"{row[key]:.1e}" for key in keys]
