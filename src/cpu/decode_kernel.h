@@ -1,11 +1,11 @@
 // Decode of a row group over a run of tokens, and the merge of such runs. Written once, compiled
 // once per instruction set.
 //
-// Tokens are taken kBlock at a time: their rows are gathered through the block table and converted
-// to fp32 once, into L2, and serve every query row of the group, as keys (576 wide) and as values
-// (the first 512). Both products keep a tile of accumulators of kRowTile x kColumnTile vectors in
-// registers. Between them stands the online softmax (FlashAttention, arXiv:2205.14135) in base 2.
-// Runs are merged as in Flash-Decoding.
+// Tokens are taken a block at a time. Their rows are gathered through the block table and brought
+// once into the form that the products need (fp32, but for AMX), in L2, and serve every query row
+// of the group, as keys (576 wide) and as values (the first 512). Between the two products stands
+// the online softmax (FlashAttention, arXiv:2205.14135) in base 2. Runs are merged as in
+// Flash-Decoding.
 //
 // Who includes this defines FLASH_MLA_CPU_LANES, FLASH_MLA_CPU_ROW_TILE and
 // FLASH_MLA_CPU_COLUMN_TILE: the lanes of a vector and a tile that fills the vector registers,
@@ -19,12 +19,10 @@ namespace flash_mla::cpu {
 namespace {
 
 constexpr int kDimQk = 576, kDimV = 512;
-constexpr int kBlock = 64;  // tokens of a block
 constexpr int kRowTile = FLASH_MLA_CPU_ROW_TILE;
 constexpr int kColumnTile = FLASH_MLA_CPU_COLUMN_TILE;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-static_assert(kBlock % kColumnTile == 0 && kBlock % kLanes == 0 &&
-              kDimV % (kColumnTile * kLanes) == 0);
+static_assert(kDimV % (kColumnTile * kLanes) == 0);
 
 template <class T>
 const T* query_row(const DecodeParams& params, const RowGroup& group, int row) {
@@ -65,47 +63,6 @@ void to_fp32(const T* from, float* to) {
   for (int d = 0; d < kDimQk; d += kLanes) store(to + d, load(from + d));
 }
 
-// Tiles of kRows query rows: a template parameter, so that the accumulators live in registers.
-
-// scores[row, token] = scale * <q[row], kv[token]> for kRows rows and kColumnTile tokens.
-template <int kRows>
-void score_tile(const float* q, const float* kv, float scale, float* scores) {
-  Vec sums[kRows][kColumnTile] = {};
-  for (int d = 0; d < kDimQk; d += kLanes) {
-    Vec key[kColumnTile];
-    for (int t = 0; t < kColumnTile; ++t) key[t] = load(kv + t * kDimQk + d);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec query = load(q + r * kDimQk + d);
-      for (int t = 0; t < kColumnTile; ++t) sums[r][t] += query * key[t];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int t = 0; t < kColumnTile; ++t) scores[r * kBlock + t] = scale * sum(sums[r][t]);
-  }
-}
-
-// out[row, columns] = correction[row] * out[row, columns] + sum of p[row, token] * kv[token,
-// columns] over the tokens, for kRows rows and kColumnTile vectors of columns.
-template <int kRows>
-void value_tile(const float* p, const float* correction, const float* kv, int tokens, float* out) {
-  Vec sums[kRows][kColumnTile];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumnTile; ++c)
-      sums[r][c] = load(out + r * kDimV + c * kLanes) * correction[r];
-  }
-  for (int t = 0; t < tokens; ++t) {
-    Vec value[kColumnTile];
-    for (int c = 0; c < kColumnTile; ++c) value[c] = load(kv + t * kDimQk + c * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Vec weight = splat(p[r * kBlock + t]);
-      for (int c = 0; c < kColumnTile; ++c) sums[r][c] += weight * value[c];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumnTile; ++c) store(out + r * kDimV + c * kLanes, sums[r][c]);
-  }
-}
-
 // Calls tile.operator()<kRows>(row) for whole tiles of rows, then for what is left.
 template <int kRows, class Tile>
 FLASH_MLA_INLINE void for_row_tiles(int row, int num_rows, Tile tile) {
@@ -115,30 +72,38 @@ FLASH_MLA_INLINE void for_row_tiles(int row, int num_rows, Tile tile) {
   }
 }
 
-// The two products in fp32, for any dtype.
+// The two products in fp32, for any dtype. Both keep kRowTile x kColumnTile vectors of accumulators
+// in registers.
 template <class T>
 class Fp32Products {
  public:
+  static constexpr int kBlock = 64;       // tokens of a block
+  static constexpr int kRowMultiple = 1;  // rows of `out` are touched up to a multiple of this
+  static_assert(kBlock % kColumnTile == 0 && kBlock % kLanes == 0);
+
   struct alignas(64) Scratch {
     float q[kMaxRows * kDimQk];
     float kv[kBlock * kDimQk];
     float p[kMaxRows * kBlock];  // scores, then probabilities
-    float correction[kMaxRows];
+    float correction[kMaxRows];  // what the row of `out` is multiplied with before the block
   };
 
   static void load_queries(const DecodeParams& params, const RowGroup& group, Scratch& scratch) {
-    for (int r = 0; r < group.num_rows; ++r)
+    for (int r = 0; r < group.num_rows; ++r) {
       to_fp32(query_row<T>(params, group, r), scratch.q + r * kDimQk);
+    }
   }
 
   // Rows past `tokens`, which a tile of scores may touch, are zero: what stands in the cache there
   // may be NaN.
   static void load_tokens(TokenReader<T>& reader, int tokens, Scratch& scratch) {
     for (int t = 0; t < tokens; ++t) to_fp32(reader.next(), scratch.kv + t * kDimQk);
-    for (int t = tokens; t % kColumnTile != 0; ++t)
+    for (int t = tokens; t % kColumnTile != 0; ++t) {
       std::memset(scratch.kv + t * kDimQk, 0, kDimQk * sizeof(float));
+    }
   }
 
+  // p = scale * q x keys.
   static void scores(int num_rows, int tokens, float scale, Scratch& scratch) {
     for_row_tiles<kRowTile>(0, num_rows, [&]<int kRows>(int row) {
       for (int t = 0; t < tokens; t += kColumnTile) {
@@ -148,6 +113,7 @@ class Fp32Products {
     });
   }
 
+  // out = correction * out + p x values.
   static void accumulate(int num_rows, int tokens, Scratch& scratch, float* out) {
     for (int column = 0; column < kDimV; column += kColumnTile * kLanes) {
       for_row_tiles<kRowTile>(0, num_rows, [&]<int kRows>(int row) {
@@ -156,11 +122,53 @@ class Fp32Products {
       });
     }
   }
+
+ private:
+  // scores[row, token] = scale * <q[row], kv[token]> for kRows rows and kColumnTile tokens.
+  template <int kRows>
+  static void score_tile(const float* q, const float* kv, float scale, float* scores) {
+    Vec sums[kRows][kColumnTile] = {};
+    for (int d = 0; d < kDimQk; d += kLanes) {
+      Vec key[kColumnTile];
+      for (int t = 0; t < kColumnTile; ++t) key[t] = load(kv + t * kDimQk + d);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec query = load(q + r * kDimQk + d);
+        for (int t = 0; t < kColumnTile; ++t) sums[r][t] += query * key[t];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int t = 0; t < kColumnTile; ++t) scores[r * kBlock + t] = scale * sum(sums[r][t]);
+    }
+  }
+
+  // out[row, columns] = correction[row] * out[row, columns] + sum of p[row, token] * kv[token,
+  // columns] over the tokens, for kRows rows and kColumnTile vectors of columns.
+  template <int kRows>
+  static void value_tile(const float* p, const float* correction, const float* kv, int tokens,
+                         float* out) {
+    Vec sums[kRows][kColumnTile];
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kColumnTile; ++c)
+        sums[r][c] = load(out + r * kDimV + c * kLanes) * correction[r];
+    }
+    for (int t = 0; t < tokens; ++t) {
+      Vec value[kColumnTile];
+      for (int c = 0; c < kColumnTile; ++c) value[c] = load(kv + t * kDimQk + c * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec weight = splat(p[r * kBlock + t]);
+        for (int c = 0; c < kColumnTile; ++c) sums[r][c] += weight * value[c];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kColumnTile; ++c) store(out + r * kDimV + c * kLanes, sums[r][c]);
+    }
+  }
 };
 
 // Turns a row's scores of a block, of which it sees the first `visible`, into probabilities; the
 // rest become 0. Returns the factor that what the row summed up before has to be multiplied with.
-inline float softmax_row(float* p, int visible, float* max_log2, float* sum_of_row) {
+template <int kBlock>
+float softmax_row(float* p, int visible, float* max_log2, float* sum_of_row) {
   for (int t = visible; t < kBlock; ++t) p[t] = -kInfinity;
   Vec largest = splat(*max_log2);
   for (int t = 0; t < kBlock; t += kLanes) largest = max(largest, load(p + t));
@@ -185,11 +193,14 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
     partial.max_log2[r] = -kInfinity;
     partial.sum[r] = 0.f;
   }
-  std::memset(partial.out, 0, sizeof(float) * kDimV * group.num_rows);
+  constexpr int kMultiple = Products::kRowMultiple;
+  const int touched_rows = (group.num_rows + kMultiple - 1) / kMultiple * kMultiple;
+  std::memset(partial.out, 0, sizeof(float) * kDimV * touched_rows);
   Products::load_queries(params, group, scratch);
   TokenReader<T> reader(params, group, token_begin);
   const std::int32_t seqlen = params.cache_seqlens[group.request];
   const std::int32_t heads = params.h_q / params.h_kv;
+  constexpr int kBlock = Products::kBlock;
   for (std::int32_t begin = token_begin; begin < token_end; begin += kBlock) {
     const int tokens = token_end - begin < kBlock ? token_end - begin : kBlock;
     Products::load_tokens(reader, tokens, scratch);
@@ -197,8 +208,8 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
     for (int r = 0; r < group.num_rows; ++r) {
       std::int32_t visible = visible_tokens(params, seqlen, (group.row_begin + r) / heads) - begin;
       visible = visible < 0 ? 0 : visible < tokens ? visible : tokens;
-      scratch.correction[r] =
-          softmax_row(scratch.p + r * kBlock, visible, &partial.max_log2[r], &partial.sum[r]);
+      scratch.correction[r] = softmax_row<Products::kBlock>(scratch.p + r * kBlock, visible,
+                                                            &partial.max_log2[r], &partial.sum[r]);
     }
     Products::accumulate(group.num_rows, tokens, scratch, partial.out);
   }
@@ -240,17 +251,28 @@ void finish_rows(const DecodeParams& params, const RowGroup& group, const Partia
   }
 }
 
+template <class T, class Products>
+void decode_chunk_typed(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
+                        std::int32_t token_end, void* scratch, Partial* partial) {
+  decode_tokens<T, Products>(params, group, token_begin, token_end,
+                             *static_cast<typename Products::Scratch*>(scratch), *partial);
+}
+
+// Kernels::decode_chunk and its scratch_size, with an own way to multiply bf16 where there is one.
+template <class Bf16Products = Fp32Products<Bf16>>
 void decode_chunk(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
                   std::int32_t token_end, void* scratch, Partial* partial) {
-  const auto run = [&]<class T>(T) {
-    using Products = Fp32Products<T>;
-    decode_tokens<T, Products>(params, group, token_begin, token_end,
-                               *static_cast<typename Products::Scratch*>(scratch), *partial);
-  };
-  if (params.dtype == DType::kBf16) return run(Bf16{});
-  if (params.dtype == DType::kFp16) return run(Fp16{});
-  run(Fp32{});
+  const auto run = params.dtype == DType::kBf16   ? decode_chunk_typed<Bf16, Bf16Products>
+                   : params.dtype == DType::kFp16 ? decode_chunk_typed<Fp16, Fp32Products<Fp16>>
+                                                  : decode_chunk_typed<Fp32, Fp32Products<Fp32>>;
+  run(params, group, token_begin, token_end, scratch, partial);
 }
+
+template <class Bf16Products = Fp32Products<Bf16>>
+constexpr std::size_t kScratchSize = sizeof(typename Bf16Products::Scratch) >
+                                             sizeof(Fp32Products<Fp32>::Scratch)
+                                         ? sizeof(typename Bf16Products::Scratch)
+                                         : sizeof(Fp32Products<Fp32>::Scratch);
 
 void finish(const DecodeParams& params, const RowGroup& group, const Partial* parts,
             std::int32_t num_parts) {

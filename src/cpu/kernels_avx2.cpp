@@ -7,7 +7,6 @@
 
 namespace flash_mla::cpu {
 
-const Kernels kAvx2Kernels = {"avx2", sizeof(Fp32Products<Bf16>::Scratch), decode_chunk, finish,
-                              merge_row};
+const Kernels kAvx2Kernels = {"avx2", kScratchSize<>, decode_chunk<>, finish, merge_row};
 
 }  // namespace flash_mla::cpu

@@ -7,7 +7,6 @@
 
 namespace flash_mla::cpu {
 
-const Kernels kAvx512Kernels = {"avx512", sizeof(Fp32Products<Bf16>::Scratch), decode_chunk, finish,
-                                merge_row};
+const Kernels kAvx512Kernels = {"avx512", kScratchSize<>, decode_chunk<>, finish, merge_row};
 
 }  // namespace flash_mla::cpu

@@ -7,7 +7,6 @@
 
 namespace flash_mla::cpu {
 
-const Kernels kBaselineKernels = {"baseline", sizeof(Fp32Products<Bf16>::Scratch), decode_chunk,
-                                  finish, merge_row};
+const Kernels kBaselineKernels = {"baseline", kScratchSize<>, decode_chunk<>, finish, merge_row};
 
 }  // namespace flash_mla::cpu
