@@ -1,0 +1,152 @@
+// Properties of the planner (core/schedule.h), over shapes from one request to thousands.
+#include "core/schedule.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+namespace flash_mla {
+
+static std::ostream& operator<<(std::ostream& stream, const ScheduleShape& shape) {
+  return stream << "num_parts " << shape.num_parts << ", items_per_request "
+                << shape.items_per_request << ", overhead " << shape.overhead << ", min_blocks "
+                << shape.min_blocks << ", split " << shape.split;
+}
+
+namespace {
+
+// Walks all items and parts and checks every promise of Schedule.
+void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>& lengths) {
+  SCOPED_TRACE(testing::Message() << shape << ", b " << lengths.size());
+  std::int64_t total = 0, longest = 0;
+  for (const std::int32_t length : lengths) {
+    const std::int32_t blocks = schedule_blocks(length);
+    total += Schedule::request_cost(shape, blocks);
+    longest = std::max<std::int64_t>(longest, shape.overhead + blocks);
+  }
+  const Schedule schedule(shape, total);
+  // The parts reach over all items.
+  ASSERT_GE(schedule.part_begin(shape.num_parts), total);
+
+  std::vector<std::int64_t> cost(shape.num_parts, 0);
+  std::int64_t start = 0;
+  for (const std::int32_t length : lengths) {
+    const std::int32_t blocks = schedule_blocks(length);
+    for (std::int32_t item = 0; item < shape.items_per_request; ++item) {
+      // Parts whose range touches the item's, and some more on either side, which have to stay away.
+      const std::int64_t end = start + schedule.item_cost(blocks);
+      const auto first = std::max<std::int64_t>(start / schedule.payload - 3, 0);
+      const auto last = std::min<std::int64_t>(end / schedule.payload + 3, shape.num_parts - 1);
+      std::int32_t next_block = 0, pieces = 0, count = -1, first_part = -1;
+      for (auto part = static_cast<std::int32_t>(first); part <= last; ++part) {
+        const Piece piece = schedule.piece(start, blocks, part);
+        if (piece.empty()) continue;
+        if (pieces == 0) {
+          count = piece.count;
+          first_part = part;
+        }
+        // Every block once, in order, by parts that stand side by side; cuts on even blocks.
+        ASSERT_EQ(piece.begin, next_block);
+        ASSERT_EQ(piece.begin % 2, 0);
+        ASSERT_EQ(piece.index, pieces);
+        ASSERT_EQ(piece.count, count);
+        ASSERT_EQ(piece.first_part, first_part);
+        ASSERT_EQ(part, first_part + pieces);
+        next_block = piece.end;
+        ++pieces;
+        cost[part] += shape.overhead + piece.end - piece.begin;
+      }
+      ASSERT_EQ(next_block, blocks);
+      ASSERT_EQ(pieces, count);
+      ASSERT_TRUE(shape.split || pieces == 1);
+      start = end;
+    }
+  }
+  ASSERT_EQ(start, total);
+  const std::int64_t most = *std::max_element(cost.begin(), cost.end());
+  // A part does its payload, and what even cuts and undivided overheads add; unsplit, up to one
+  // item more.
+  EXPECT_LE(most, schedule.payload + shape.overhead + (shape.split ? 2 : longest));
+}
+
+std::vector<ScheduleShape> shapes() {
+  std::vector<ScheduleShape> shapes;
+  for (const int num_parts : {1, 2, 3, 66, 132}) {
+    for (const int items_per_request : {1, 2, 7}) {
+      for (const int overhead : {1, 2, 5}) {
+        for (const int min_blocks : {2, 8}) {
+          for (const bool split : {true, false}) {
+            shapes.push_back({.num_parts = num_parts,
+                              .items_per_request = items_per_request,
+                              .overhead = overhead,
+                              .min_blocks = min_blocks,
+                              .split = split});
+          }
+        }
+      }
+    }
+  }
+  return shapes;
+}
+
+void check_all_shapes(const std::vector<std::int32_t>& lengths) {
+  for (const ScheduleShape& shape : shapes()) {
+    check_schedule(shape, lengths);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST(Schedule, BlocksOfARequest) {
+  EXPECT_EQ(schedule_blocks(0), 1);
+  EXPECT_EQ(schedule_blocks(-5), 1);
+  EXPECT_EQ(schedule_blocks(1), 1);
+  EXPECT_EQ(schedule_blocks(64), 1);
+  EXPECT_EQ(schedule_blocks(65), 2);
+  EXPECT_EQ(schedule_blocks(131072), 2048);
+}
+
+TEST(Schedule, NoRequest) {
+  for (const ScheduleShape& shape : shapes()) {
+    const Schedule schedule(shape, 0);
+    EXPECT_GE(schedule.payload, 1);
+  }
+}
+
+TEST(Schedule, OneRequest) {
+  for (const int length : {0, 1, 63, 64, 65, 128, 129, 1000, 4096, 131072, 1000000}) {
+    check_all_shapes({length});
+  }
+}
+
+TEST(Schedule, EmptyRequests) {
+  check_all_shapes(std::vector<std::int32_t>(300, 0));
+  check_all_shapes({0, 5000, 0, 0, 64, 0});
+  check_all_shapes({5000, 0, 0, 0, 0, 0, 0, 0});
+}
+
+TEST(Schedule, RandomBatches) {
+  std::mt19937 random(1);
+  for (int draw = 0; draw < 60; ++draw) {
+    const int b = std::uniform_int_distribution<int>(1, draw % 10 == 0 ? 3000 : 200)(random);
+    const int longest = 1 << std::uniform_int_distribution<int>(0, 17)(random);
+    std::vector<std::int32_t> lengths(b);
+    for (std::int32_t& length : lengths) {
+      length = std::uniform_int_distribution<int>(0, longest)(random);
+    }
+    check_all_shapes(lengths);
+  }
+}
+
+TEST(Schedule, OneLongAmongMany) {
+  std::vector<std::int32_t> lengths(500, 64);
+  for (const std::size_t place : {0, 250, 499}) {
+    lengths[place] = 131072;
+    check_all_shapes(lengths);
+    lengths[place] = 64;
+  }
+}
+
+}  // namespace
+}  // namespace flash_mla
