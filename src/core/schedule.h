@@ -40,7 +40,11 @@ struct Piece {
   [[nodiscard]] FLASH_MLA_HOST_DEVICE bool empty() const { return begin >= end; }
 };
 
-FLASH_MLA_HOST_DEVICE std::int64_t ceil_div(std::int64_t x, std::int64_t y) { return (x + y - 1) / y; }
+// Rounded towards plus infinity, of a negative x too; y > 0.
+template <typename T>
+FLASH_MLA_HOST_DEVICE T ceil_div(T x, T y) {
+  return x > 0 ? (x + y - 1) / y : x / y;
+}
 
 // Blocks of a request. An empty one counts as one block, so that exactly one part writes its (empty) result.
 FLASH_MLA_HOST_DEVICE std::int32_t schedule_blocks(std::int32_t seqlen) {
@@ -49,44 +53,63 @@ FLASH_MLA_HOST_DEVICE std::int32_t schedule_blocks(std::int32_t seqlen) {
 
 struct Schedule {
   ScheduleShape shape;
-  std::int64_t payload = 1;  // cost of one part
+  std::int32_t payload = 1;  // cost of one part
 
-  // `total_cost` is the sum of item_cost() over all items.
+  // `total_cost` is the sum of item_cost() over all items, the first one's overhead included. It must be below 2^31 (what
+  // shapes allow is checked before).
   FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int64_t total_cost) : shape(shape_in) {
-    payload = ceil_div(total_cost, shape.num_parts);
-    const std::int64_t least = shape.overhead + shape.min_blocks;
-    if (payload < least) payload = least;
+    payload = ceil_div(static_cast<std::int32_t>(total_cost) - shape.overhead, shape.num_parts);
+    if (payload < shape.min_blocks) payload = shape.min_blocks;
+  }
+
+  // The schedule whose payload is known already.
+  FLASH_MLA_HOST_DEVICE static Schedule with_payload(const ScheduleShape& shape, std::int32_t payload) {
+    Schedule schedule(shape);
+    schedule.payload = payload;
+    return schedule;
   }
 
   FLASH_MLA_HOST_DEVICE static std::int64_t request_cost(const ScheduleShape& shape, std::int32_t blocks) {
     return static_cast<std::int64_t>(shape.items_per_request) * (shape.overhead + blocks);
   }
-  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int64_t item_cost(std::int32_t blocks) const { return shape.overhead + blocks; }
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t item_cost(std::int32_t blocks) const { return shape.overhead + blocks; }
 
-  // Blocks of an item that lie before cost `y`, counted from the item's start.
-  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t blocks_before(std::int64_t y, std::int32_t blocks) const {
-    if (!shape.split) return y > 0 ? blocks : 0;
-    if (y >= shape.overhead + blocks) return blocks;
-    const std::int64_t inside = y - shape.overhead;
-    return inside <= 0 ? 0 : static_cast<std::int32_t>(inside & ~std::int64_t{1});
+  // Where a part begins in the row of items. Every part has an overhead of its own when it begins inside an item; that of the
+  // first item is left out, so that a single long item is cut evenly.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int64_t part_begin(std::int32_t part) const {
+    return static_cast<std::int64_t>(part) * payload + shape.overhead;
   }
 
   // What part `part` does of the item that starts at cost `start` and has `blocks` blocks; may be empty.
   [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece(std::int64_t start, std::int32_t blocks, std::int32_t part) const {
+    return piece_from(static_cast<std::int32_t>(start - part_begin(part)), blocks, part);
+  }
+  // The same for an item that starts `relative` after the part's begin, or before it when negative.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece_from(std::int32_t relative, std::int32_t blocks, std::int32_t part) const {
     Piece piece;
-    piece.begin = blocks_before(part * payload - start, blocks);
-    piece.end = blocks_before((part + 1) * payload - start, blocks);
+    piece.begin = part == 0 ? 0 : blocks_before(-relative, blocks);
+    piece.end = blocks_before(payload - relative, blocks);
     if (!shape.split) {
-      piece.first_part = static_cast<std::int32_t>(start / payload);
+      piece.first_part = part;  // of the one part whose piece is not empty
       return piece;
     }
     // The first part whose end lies past the first cut, and the part whose end lies past the last block.
-    const std::int32_t first_cut = blocks < 2 ? blocks : 2;
-    piece.first_part = static_cast<std::int32_t>(ceil_div(start + shape.overhead + first_cut, payload)) - 1;
-    const std::int32_t last_part = static_cast<std::int32_t>(ceil_div(start + shape.overhead + blocks, payload)) - 1;
-    piece.index = part - piece.first_part;
-    piece.count = last_part - piece.first_part + 1;
+    const std::int32_t begin = relative + shape.overhead, first_cut = blocks < 2 ? blocks : 2;
+    piece.index = 1 - ceil_div(begin + first_cut, payload);
+    piece.count = ceil_div(begin + blocks, payload) + piece.index;
+    piece.first_part = part - piece.index;
     return piece;
+  }
+
+ private:
+  FLASH_MLA_HOST_DEVICE explicit Schedule(const ScheduleShape& shape_in) : shape(shape_in) {}
+
+  // Blocks of an item that lie before cost `y`, counted from the item's start.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t blocks_before(std::int32_t y, std::int32_t blocks) const {
+    if (!shape.split) return y > 0 ? blocks : 0;
+    const std::int32_t inside = y - shape.overhead;
+    if (inside >= blocks) return blocks;
+    return inside <= 0 ? 0 : inside & ~1;
   }
 };
 

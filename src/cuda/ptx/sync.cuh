@@ -1,0 +1,84 @@
+// Barriers, fences and register reallocation: thin names over CCCL's cuda::ptx, and the few instructions it lacks.
+#pragma once
+
+#include <cstdint>
+#include <cuda/ptx>
+
+namespace flash_mla::cuda::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// threadIdx.x, read from the hardware where it stands: what is computed from it is not kept in registers meanwhile.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// Waits until the phase with this parity has completed. kCluster: what a CTA of the cluster released is acquired.
+template <bool kCluster>
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  namespace p = ::cuda::ptx;
+  if constexpr (kCluster) {
+    while (!p::mbarrier_try_wait_parity(p::sem_acquire, p::scope_cluster, barrier, parity)) {
+    }
+  } else {
+    while (!p::mbarrier_try_wait_parity(barrier, parity)) {
+    }
+  }
+}
+
+// Arrives at the same barrier of CTA `rank` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
+      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// Named barriers: `threads` threads meet; those that only signal arrive, those that need the others sync.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Makes this thread's writes to shared memory visible to the copy engine and the tensor cores.
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void increase_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void decrease_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes from global to shared memory, or zeros when `valid` is false (the source is not read then).
+__device__ __forceinline__ void copy16_async(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Reads a counter that other CTAs add to; what they wrote before is visible afterwards.
+__device__ __forceinline__ unsigned long long load_acquire_gpu(const unsigned long long* pointer) {
+  unsigned long long value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
+  return value;
+}
+
+}  // namespace flash_mla::cuda::ptx

@@ -1,0 +1,8 @@
+// Instantiation of the dense decode kernel: bf16, one CTA per page stream.
+#include "cuda/sm90/decode_dense/launch.cuh"
+
+namespace flash_mla::cuda::decode_dense {
+
+template Status launch<Traits<__nv_bfloat16, 1>>(const KernelParams&, const CUtensorMap&, const CUtensorMap&, int32_t, cudaStream_t) noexcept;
+
+}  // namespace flash_mla::cuda::decode_dense

@@ -1,0 +1,329 @@
+// The two consumer warpgroups: scores, online softmax and output of every page pair.
+//
+// Of each pair of pages warpgroup 0 takes the even one and warpgroup 1 the odd one: S = Q K^T (64 x 64, fp32, 32 registers a thread), softmax,
+// P into the page's own RoPE part, which nobody needs any more. Then both multiply both P's with their half of V: warpgroup W
+// keeps columns 256 W .. 256 W + 255 of the 64 x 512 output (128 registers a thread). So one warpgroup's softmax runs under the
+// other's products ("seesaw"; FlashMLA's deep dive of 2025-04-22). The running maximum goes from warpgroup to warpgroup with P.
+#pragma once
+
+#include "cuda/ptx/sync.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/decode_dense/work.cuh"
+
+namespace flash_mla::cuda::decode_dense {
+
+template <typename T, int W>
+struct Consumer {
+  using Element = typename T::Element;
+  using Mma = ptx::Wgmma<Element>;
+
+  const KernelParams& params;
+  SharedStorage& shared;
+
+  float o[128];            // output accumulators, columns 256 W ..
+  float s[32];             // scores of this warpgroup's page
+  uint32_t p[4][4];        // the same as probabilities, as A fragments
+  uint32_t q[kQueryRegisterTiles > 0 ? kQueryRegisterTiles : 1][4][4];
+  float row_max[2], row_sum[2];
+  uint32_t phases = 0;     // bit 0: of page buffer W; bit 1: of Q and its item (one register, or one of them spills)
+
+  __device__ __forceinline__ Consumer(const KernelParams& params_in, SharedStorage& shared_in)
+      : params(params_in), shared(shared_in) {}
+
+  // Where this thread stands in its warpgroup; it holds rows row() and row() + 8 of the accumulators. Read anew each time: kept in
+  // registers, they and the addresses made of them spill.
+  __device__ __forceinline__ static int warp() { return ptx::thread_index() % kWarpgroup / 32; }
+  __device__ __forceinline__ static int lane() { return ptx::thread_index() % 32; }
+  __device__ __forceinline__ static int row() {
+    const int thread = ptx::thread_index() % kWarpgroup;
+    return thread / 32 * 16 + thread % 32 / 4;
+  }
+
+  // Leaves o, row_max and row_sum (of this warpgroup's pages alone) of the item in registers.
+  __device__ __forceinline__ void run(const WorkItem& item) {
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i] = 0.f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      row_max[h] = kNoMaximum;
+      row_sum[h] = 0.f;
+    }
+    load_query_tiles();
+    int left = (item.pages + 1) / 2;  // pairs
+    if (left == 0) release_query();
+    if constexpr (W == 0) {
+      if (left > 0) scores_now(left == 1);
+    }
+    for (; left > item.masked_pairs; --left) step(left);
+    for (; left > 0; --left) masked_step(item, left);
+  }
+
+  // The last tiles of Q as A fragments.
+  __device__ __forceinline__ void load_query_tiles() {
+    const int lane = this->lane(), row = this->row();
+#pragma unroll
+    for (int i = 0; i < kQueryRegisterTiles; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int r = row + (j & 1) * 8, chunk = k * 2 + (j >> 1);
+          q[i][k][j] = *reinterpret_cast<const uint32_t*>(shared.q + (kQkTiles - kQueryRegisterTiles + i) * kTileBytes +
+                                                          r * 128 + ((chunk ^ (r & 7)) << 4) + (lane % 4) * 4);
+        }
+      }
+    }
+  }
+
+  // Issues S = Q K^T for this warpgroup's page as its parts arrive.
+  __device__ __forceinline__ void issue_scores() {
+    const uint32_t query = ptx::shared_address(shared.q), key = ptx::shared_address(shared.page[W]);
+    const uint32_t phase = phases & 1;
+    phases ^= 1;
+#pragma unroll
+    for (int tile = 0; tile < kQkTiles; ++tile) {
+      if (tile % kHalfTiles == 0) {
+        ptx::mbarrier_wait<false>(&shared.full[W][tile / kHalfTiles], phase);
+        ptx::wgmma_fence();  // the wait is a loop: without the fence ptxas serialises the products (C7520)
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint64_t b = ptx::smem_descriptor(key + tile * kTileBytes + k * 32, 16, 1024);
+        constexpr int kFirst = kQkTiles - kQueryRegisterTiles;  // first tile that is in registers
+        if (tile < kFirst) {
+          const uint64_t a = ptx::smem_descriptor(query + tile * kTileBytes + k * 32, 16, 1024);
+          Mma::n64_ss(s, a, b, tile + k != 0);
+        } else {
+          Mma::n64_rs(s, q[tile < kFirst ? 0 : tile - kFirst][k], b, true);
+        }
+      }
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void scores_now(bool last) {
+    issue_scores();
+    ptx::wgmma_wait<0>();
+    scores_done(last);
+  }
+  __device__ __forceinline__ void scores_done(bool last) {
+    ptx::pin(s);
+    if (last) release_query();
+  }
+  // The next item's Q may come while this one's last products and its epilogue run.
+  __device__ __forceinline__ void release_query() {
+    if (lane() == 0) ::cuda::ptx::mbarrier_arrive(&shared.q_empty);
+  }
+
+  // o += P V for this warpgroup's own page, P from registers.
+  __device__ __forceinline__ void issue_output_own() {
+    const uint32_t value = ptx::shared_address(shared.page[W]) + W * kHalfBytes;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) Mma::n256_rs(o, p[k], ptx::smem_descriptor(value + k * 2048, kTileBytes, 1024), true);
+    ptx::wgmma_commit();
+  }
+  // o += P V for the other warpgroup's page, P from shared memory.
+  __device__ __forceinline__ void issue_output_other() {
+    const uint32_t page = ptx::shared_address(shared.page[1 - W]);
+    const uint32_t value = page + W * kHalfBytes, probability = page + kRopeOffset;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      Mma::n256_ss(o, ptx::smem_descriptor(probability + k * 32, 16, 1024),
+                   ptx::smem_descriptor(value + k * 2048, kTileBytes, 1024), true);
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void finish_output() {
+    ptx::wgmma_wait<0>();
+    ptx::pin(o);
+  }
+
+  __device__ __forceinline__ void release(int buffer, Part part) {
+    if (lane() == 0) {
+      ::cuda::ptx::mbarrier_arrive(&shared.empty[buffer][part]);
+      if constexpr (T::kMulticast) ptx::mbarrier_arrive_remote(&shared.empty[buffer][part], ::cuda::ptx::get_sreg_cluster_ctarank() ^ 1);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+    if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < 128; ++i) o[i] *= factor[(i >> 1) & 1];
+    }
+    ptx::pin(o);
+  }
+
+  // Takes over the other warpgroup's running maximum; `factor` is what o must be multiplied with.
+  __device__ __forceinline__ void adopt_maximum(float (&factor)[2]) {
+    const int row = this->row();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float other = shared.max[1 - W][row + 8 * h];
+      factor[h] = ptx::exp2_approx(row_max[h] - other);
+      row_max[h] = other;
+      row_sum[h] *= factor[h];
+    }
+  }
+
+  // s -> p; publishes the running maximum and P. `factor` is what o must be multiplied with.
+  __device__ __forceinline__ void softmax(float (&factor)[2]) {
+    if (params.negate_scores) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = -s[i];
+    }
+    softmax_of_scores(factor);
+  }
+  __device__ __forceinline__ void softmax_of_scores(float (&factor)[2]) {
+    const int lane = this->lane(), row = this->row();
+    const float scale = params.scale_log2;
+    float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s[i]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
+      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2)) * scale;
+      const float next = top[h] > row_max[h] + kRescaleThreshold ? top[h] : row_max[h];
+      factor[h] = ptx::exp2_approx(row_max[h] - next);
+      row_max[h] = next;
+      row_sum[h] *= factor[h];
+      if (lane % 4 == 0) shared.max[W][row + 8 * h] = next;
+    }
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      s[i] = ptx::exp2_approx(fmaf(s[i], scale, -row_max[(i >> 1) & 1]));
+      row_sum[(i >> 1) & 1] += s[i];
+    }
+    uint8_t* target = shared.page[W] + kRopeOffset;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t packed = pack<Element>(s[2 * i], s[2 * i + 1]);
+      p[i / 4][i % 4] = packed;
+      const int r = row + (i & 1) * 8;
+      *reinterpret_cast<uint32_t*>(target + r * 128 + (((i / 2) ^ (r & 7)) << 4) + (lane % 4) * 4) = packed;
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_arrive(W == 0 ? kP0Ready : kP1Ready, kConsumers);
+  }
+
+  // Hides the tokens of page `page` of the item that a row does not see.
+  __device__ __forceinline__ void mask(const WorkItem& item, int page) {
+    const int lane = this->lane(), row = this->row();
+    const float hidden = params.negate_scores ? INFINITY : -INFINITY;
+    const int first = item.first_token + page * kPageTokens + (lane % 4) * 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int visible = visible_tokens(params, item.seqlen, item.first_row + row + 8 * h) - first;
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        if (((i >> 1) & 1) == h && (i / 4) * 8 + (i & 1) >= visible) s[i] = hidden;
+      }
+    }
+  }
+
+  // Rows of the request's last page past its length may hold NaN, and 0 * NaN is NaN: zeroes them in this warpgroup's half of V.
+  __device__ __forceinline__ void clear_rows_past_end(const WorkItem& item, int page, int buffer) {
+    const int valid = item.seqlen - item.first_token - page * kPageTokens;
+    if (valid >= kPageTokens) return;
+    uint8_t* half = shared.page[buffer] + W * kHalfBytes;
+    constexpr int kChunks = kHalfTiles * 8;  // of 16 bytes, in a row of the half
+    for (int i = ptx::thread_index() % kWarpgroup; i < (kPageTokens - valid) * kChunks; i += kWarpgroup) {
+      const int r = valid + i / kChunks, chunk = i % kChunks;
+      *reinterpret_cast<int4*>(half + chunk / 8 * kTileBytes + r * 128 + chunk % 8 * 16) = int4{0, 0, 0, 0};
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kWarpgroupMeets + W, kWarpgroup);
+  }
+
+  // A pair of pages that every row sees whole. `left`: pairs of the item still to do, this one included.
+  __device__ __forceinline__ void step(int left) {
+    float factor[2];
+    if constexpr (W == 0) {
+      softmax(factor);
+      rescale(factor);
+      issue_output_own();
+      finish_output();
+      release(0, kLeft);
+      ptx::named_barrier_sync(kP1Ready, kConsumers);
+      adopt_maximum(factor);
+      rescale(factor);
+      issue_output_other();
+      finish_output();
+      release(1, kLeft);
+      release(1, kRope);
+      if (left > 1) scores_now(left == 2);
+    } else {
+      issue_scores();
+      ptx::named_barrier_sync(kP0Ready, kConsumers);
+      adopt_maximum(factor);
+      // The maximum seldom moves; when it does, what is in flight is waited for.
+      if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
+        ptx::wgmma_wait<0>();
+        ptx::pin(s);
+        ptx::pin(o);
+        rescale(factor);
+      }
+      issue_output_other();
+      ptx::wgmma_wait<1>();
+      scores_done(left == 1);
+      softmax(factor);
+      finish_output();
+      release(0, kRight);
+      release(0, kRope);
+      rescale(factor);
+      issue_output_own();
+      finish_output();
+      release(1, kRight);
+    }
+  }
+
+  // A pair with hidden tokens, or of which only the first page exists. No overlap: there are few of them.
+  __device__ __forceinline__ void masked_step(const WorkItem& item, int left) {
+    const int page = (item.pages + 1) / 2 * 2 - 2 * left;
+    const bool two = page + 1 < item.pages;
+    float factor[2];
+    if constexpr (W == 0) {
+      mask(item, page);
+      softmax(factor);
+      clear_rows_past_end(item, page, 0);
+      rescale(factor);
+      issue_output_own();
+      finish_output();
+      release(0, kLeft);
+      if (two) {
+        ptx::named_barrier_sync(kP1Ready, kConsumers);
+        adopt_maximum(factor);
+        clear_rows_past_end(item, page + 1, 1);
+        rescale(factor);
+        issue_output_other();
+        finish_output();
+        release(1, kLeft);
+        release(1, kRope);
+      }
+      if (left > 1) scores_now(left == 2);
+    } else {
+      if (two) scores_now(left == 1);
+      else release_query();
+      ptx::named_barrier_sync(kP0Ready, kConsumers);
+      adopt_maximum(factor);
+      clear_rows_past_end(item, page, 0);
+      rescale(factor);
+      issue_output_other();
+      finish_output();
+      release(0, kRight);
+      release(0, kRope);
+      if (two) {
+        mask(item, page + 1);
+        softmax(factor);
+        clear_rows_past_end(item, page + 1, 1);
+        rescale(factor);
+        issue_output_own();
+        finish_output();
+        release(1, kRight);
+      }
+    }
+  }
+};
+
+}  // namespace flash_mla::cuda::decode_dense

@@ -1,0 +1,31 @@
+// Launches one instantiation of the dense decode kernel.
+#pragma once
+
+#include "cuda/common/error.h"
+#include "cuda/sm90/decode_dense/kernel.cuh"
+#include "cuda/sm90/decode_dense/launch.h"
+
+namespace flash_mla::cuda::decode_dense {
+
+template <typename T>
+Status launch(const KernelParams& params, const CUtensorMap& half_map, const CUtensorMap& rope_map, int32_t ctas,
+              cudaStream_t stream) noexcept {
+  const auto kernel = decode_dense_kernel<T>;
+  // Cheap, and per device: setting it each time needs no table of devices.
+  FLASH_MLA_RETURN_IF_CUDA_ERROR(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)));
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {T::kCluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = sizeof(SharedStorage);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, params, half_map, rope_map));
+  return {};
+}
+
+}  // namespace flash_mla::cuda::decode_dense

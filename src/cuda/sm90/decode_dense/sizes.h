@@ -1,0 +1,24 @@
+// Sizes of the dense decode kernel that host code without CUDA headers needs too.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flash_mla/decode.h"
+
+namespace flash_mla::cuda::decode_dense {
+
+inline constexpr int kTileRows = 64;    // query rows of a CTA
+inline constexpr int kPageTokens = 64;  // tokens of a page, which is also the block of the products
+inline constexpr int kMaxCtas = 132;    // SMs of the largest Hopper card
+
+// What a row keeps of its scores: maximum (base 2, scaled) and sum of the exponentials.
+struct RowState {
+  float max, sum;
+};
+
+// A partial output: [32][256 threads][4] fp32 in the accumulators' own order, then the RowState of 64 rows.
+inline constexpr int kPartialFloats = kTileRows * kHeadDimV;
+inline constexpr std::size_t kPartialBytes = kPartialFloats * sizeof(float) + kTileRows * sizeof(RowState);
+
+}  // namespace flash_mla::cuda::decode_dense

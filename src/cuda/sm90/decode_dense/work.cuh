@@ -1,0 +1,72 @@
+// Walks the work items of one part. The page warp and the query warps each walk for themselves: a step costs one cached load.
+#pragma once
+
+#include "cuda/sm90/decode_dense/traits.h"
+
+namespace flash_mla::cuda::decode_dense {
+
+// Where this CTA stands in the grid: part, then member of the team, then CTA of the cluster, fastest last.
+template <int kCluster>
+struct Position {
+  int32_t part, member, rank;
+  __device__ static Position here(const ScheduleShape& shape) {
+    const int cluster = blockIdx.x / kCluster;
+    return {cluster / shape.team, cluster % shape.team, static_cast<int32_t>(blockIdx.x % kCluster)};
+  }
+};
+
+// Tokens that row `row` of the kv head's rows sees.
+__device__ __forceinline__ int visible_tokens(const KernelParams& params, int seqlen, int row) {
+  return params.decode.causal ? seqlen - params.decode.s_q + 1 + row / params.heads_per_kv : seqlen;
+}
+
+// First step of a walk: the item in which this part begins.
+__device__ inline Walk begin_walk(const Schedule& schedule, const Start& start, int part) {
+  Walk walk = {schedule.payload, start.request, start.seqlen, 0, 0};
+  walk.relative = static_cast<int32_t>(start.request_start_cost - schedule.part_begin(part));
+  // Of the request's items, all equal in cost, skip those that end before this part begins.
+  const int32_t cost = schedule.item_cost(schedule_blocks(walk.seqlen));
+  if (part > 0 && walk.relative < 0) walk.item = -walk.relative / cost;
+  walk.relative += walk.item * cost;
+  return walk;
+}
+
+// Goes on to the next item with work for this CTA; item.end says that there is none.
+template <int kCluster>
+__device__ __forceinline__ void next_item(const KernelParams& params, const Position<kCluster>& position, Walk& walk,
+                                          WorkItem& item) {
+  const DecodeParams& decode = params.decode;
+  const ScheduleShape& shape = params.schedule;
+  const Schedule schedule = Schedule::with_payload(shape, walk.payload);
+  while (walk.request < decode.b && walk.relative < walk.payload) {
+    const int blocks = schedule_blocks(walk.seqlen);
+    const Piece piece = schedule.piece_from(walk.relative, blocks, position.part);
+    const int group = walk.item % shape.chunks * shape.team + position.member;
+    const bool has_work = !piece.empty() && group * kCluster * kTileRows < params.rows;  // the last chunk may be short
+    if (has_work) {
+      item.request = walk.request;
+      item.head = walk.item / shape.chunks;
+      item.first_row = (group * kCluster + position.rank) * kTileRows;
+      item.rows = min(max(params.rows - item.first_row, 0), kTileRows);
+      item.seqlen = walk.seqlen;
+      item.pages = walk.seqlen > 0 ? piece.end - piece.begin : 0;
+      item.first_token = piece.begin * kPageTokens;
+      const int open_tokens = visible_tokens(params, walk.seqlen, item.first_row) - item.first_token;
+      item.masked_pairs = (item.pages + 1) / 2 - min(max(open_tokens, 0) / (2 * kPageTokens), item.pages / 2);
+      item.piece_index = piece.index;
+      item.piece_count = piece.count;
+      item.end = 0;
+    }
+    walk.relative += schedule.item_cost(blocks);
+    if (++walk.item == shape.items_per_request) {
+      walk.item = 0;
+      if (++walk.request < decode.b) {
+        walk.seqlen = clamp_seqlen(__ldg(decode.cache_seqlens + walk.request), max_seqlen(decode.max_pages));
+      }
+    }
+    if (has_work) return;
+  }
+  item.end = 1;
+}
+
+}  // namespace flash_mla::cuda::decode_dense
