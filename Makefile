@@ -14,6 +14,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 CMAKE_FLAGS ?=
 TEST_BINARY ?=
 SUITES ?=
+TARGETS ?=
 
 ifeq ($(VENV),none)
   PY := $(PYTHON)
@@ -44,14 +45,14 @@ $(VENV)/.lint-ready: tools/requirements.txt tools/make_venv.py
 
 # One CMake tree serves the library, the C++ tests and the Python extension, so that every file is compiled once. A tree that was carried
 # here from another folder is configured afresh. The log keeps what ptxas said (tools/check_spills.py). The stamp says which sources were
-# built; it is written first, so that a source that changes under the build makes the stamp wrong, never the ledger.
+# built; it is written first, so that a source that changes under the build makes the stamp wrong, never the ledger. TARGETS builds a part.
 build: $(READY)  ## build the library, its tests and the Python extension
 	@mkdir -p $(BUILD)
 	@fresh=; grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' $(BUILD)/CMakeCache.txt || { fresh=--fresh; rm -f $(BUILD)/build.log; }; \
 	cmake $$fresh -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASH_MLA_PYTHON=ON -DFLASH_MLA_BUILD_TESTS=ON \
 	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" $(CMAKE_FLAGS)
-	@$(PY) tools/ledger.py stamp $(BUILD)
-	@cmake --build $(BUILD) -j $(JOBS) 2>&1 | tee -a $(BUILD)/build.log | { grep -v '^ptxas info\|bytes stack frame' || true; } \
+	@$(if $(TARGETS),,$(PY) tools/ledger.py stamp $(BUILD))
+	@cmake --build $(BUILD) -j $(JOBS) $(if $(TARGETS),--target $(TARGETS)) 2>&1 | tee -a $(BUILD)/build.log | { grep -v '^ptxas info\|bytes stack frame' || true; } \
 	  || { rm -f $(BUILD)/stamp.json; exit 1; }
 	@$(MAKE) --no-print-directory link
 
@@ -59,7 +60,8 @@ build: $(READY)  ## build the library, its tests and the Python extension
 link:
 	@ln -sfn $(if $(filter /%,$(BUILD)),,../../)$(BUILD)/python/_C.abi3.so python/flash_mla/_C.abi3.so
 
-demo: build  ## decode a real text through an MLA layer and show what it saves
+demo:  ## decode a real text through an MLA layer and show what it saves
+	@$(MAKE) --no-print-directory build TARGETS=flash_mla_python
 	@$(PY) -m flash_mla.cli demo
 
 test: build  ## build and test everything this machine can
@@ -73,7 +75,8 @@ test-cpp:
 test-python:
 	$(PY) -m pytest tests/python -q
 
-bench: build  ## time the CPU backend against the same maths in PyTorch
+bench:  ## time the CPU backend against the same maths in PyTorch
+	@$(MAKE) --no-print-directory build TARGETS=flash_mla_python
 	$(PY) bench/cpu/compare_torch.py
 
 # Binaries that were built elsewhere are used as they are when they were built from these very sources.

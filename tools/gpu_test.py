@@ -86,8 +86,6 @@ def run_sanitizer(tool, build, binary):
         sys.exit("gpu-test: compute-sanitizer is missing; it is part of the CUDA toolkit")
     report = build / f"gpu-{tool}.xml"
     options = ["--tool", tool, "--error-exitcode", "86"]
-    if tool == "racecheck":
-        options += ["--racecheck-report", "all"]
     suppressions = ROOT / "tests/sanitizer" / f"{tool}.supp.xml"
     if suppressions.exists():
         options += ["--suppressions", suppressions]
