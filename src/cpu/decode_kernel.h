@@ -123,6 +123,9 @@ class Fp32Products {
     }
   }
 
+  // Gives back what load_queries took of the processor's state.
+  static void release() {}
+
  private:
   // scores[row, token] = scale * <q[row], kv[token]> for kRows rows and kColumnTile tokens.
   template <int kRows>
@@ -213,6 +216,7 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
     }
     Products::accumulate(group.num_rows, tokens, scratch, partial.out);
   }
+  Products::release();
 }
 
 template <class T>

@@ -44,6 +44,7 @@ extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 // The best this machine runs, or a lesser one that FLASH_MLA_CPU_ISA names. Chosen at the first
