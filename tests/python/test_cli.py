@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flash_mla
-from flash_mla.cli import check, demo, devices, main, reference
+from flash_mla.cli import check, decode_text, devices, main, reference
 from flash_mla.cli.mla_layer import Geometry, MlaLayer
 
 TINY_CASES = [
@@ -201,15 +201,15 @@ def test_rope_scores_depend_on_distance_alone():
 @pytest.mark.parametrize(("tokens", "requests"), [(1, 8), (5, 8), (36, 8), (1000, 7), (10, 1)])
 def test_cut_loses_nothing(tokens, requests):
     words = [str(i) for i in range(tokens)]
-    pieces = demo.cut(words, requests)
+    pieces = decode_text.cut(words, requests)
     assert sum(pieces, []) == words
     assert len(pieces) == min(tokens, requests) and all(pieces)
 
 
 def test_tokenize():
-    assert demo.tokenize("Latent, 576 wide!") == ["Late", "nt", ",", "576", "wide", "!"]
+    assert decode_text.tokenize("Latent, 576 wide!") == ["Late", "nt", ",", "576", "wide", "!"]
     with pytest.raises(ValueError, match="no token"):
-        demo.tokenize(" \n")
+        decode_text.tokenize(" \n")
 
 
 def test_demo_on_a_file(device, tmp_path, capsys):

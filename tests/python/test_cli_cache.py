@@ -81,6 +81,15 @@ def test_table(capsys):
     assert "DeepSeek-V2-Lite" in text and "10,240" in text and "1/8.89" in text
 
 
+@pytest.mark.parametrize(
+    ("written", "title"),
+    [("DeepSeek-V2-Lite", "DeepSeek-V2-Lite"), ("R1", "DeepSeek-V3/R1"), ("Kimi K2", "Kimi K2")],
+)
+def test_presets_by_the_names_people_write(written, title, capsys):
+    assert main(["cache", "--model", written, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["name"] == title
+
+
 @pytest.mark.parametrize("flags", [["--layers", "0"], ["--memory", "much"], ["--model", "gpt"]])
 def test_bad_flags(flags, capsys):
     with pytest.raises(SystemExit) as stop:

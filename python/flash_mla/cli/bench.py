@@ -12,11 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from flash_mla.cli import measure
+from flash_mla.cli.devices import usable_devices
+from flash_mla.cli.peers import PEERS, load_peers
+from flash_mla.cli.roofline import roofline_plot
 
 _SMALL_CASES = Path(__file__).with_name("small_cases.json")
 _FAILED = "[red]failed[/]"
@@ -52,12 +58,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
-    from flash_mla.cli import measure
-    from flash_mla.cli.peers import PEERS, load_peers
-    from flash_mla.cli.roofline import roofline_plot
-
     if args.plot and args.plot.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot = {args.plot}, wanted a name that ends in .png or .svg")
     device = _choose_device(args.device)
@@ -67,14 +67,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = _PLAIN_WIDTH
-    peers: dict[str, measure.Adapter] = {}
-    if (args.peers or args.peer) and device == "cpu":
-        console.print("peers run on a GPU only: none is timed")
-    elif args.peers or args.peer:
-        peers, missing = load_peers(dict(_peer_path(text) for text in args.peer))
-        for name, reason in missing.items():
-            console.print(f"[yellow]no {PEERS[name].title}[/]: {reason}")
-
+    peers = _load_peers(args, device, console)
     rows = measure_with_table(
         console,
         cases,
@@ -97,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any("failure" in row for row in rows) else 0
 
 
-def select(cases: list, pattern: str) -> list:
+def select(cases: list[measure.Case], pattern: str) -> list[measure.Case]:
     """Cases whose name contains or matches the pattern. Raises ValueError when there is none."""
     chosen = [c for c in cases if pattern in c.name or fnmatch.fnmatchcase(c.name, pattern)]
     if not chosen:
@@ -106,7 +99,10 @@ def select(cases: list, pattern: str) -> list:
 
 
 def measure_with_table(
-    console: Console, cases: list, peer_names: list[str], measure_one: Callable[[object], dict]
+    console: Console,
+    cases: list[measure.Case],
+    peer_names: list[str],
+    measure_one: Callable[[measure.Case], dict],
 ) -> list[dict]:
     """Calls measure_one(case) for each case under a progress bar and a table that grows."""
     rows: list[dict] = []
@@ -182,9 +178,22 @@ def write_csv(rows: list[dict], peer_names: list[str], file: TextIO) -> None:
         writer.writerow([*ours, *times, row.get("failure", "")])
 
 
-def _choose_device(wanted: str) -> str:
-    from flash_mla.cli.devices import usable_devices
+def _load_peers(
+    args: argparse.Namespace, device: str, console: Console
+) -> dict[str, measure.Adapter]:
+    if not (args.peers or args.peer):
+        return {}
+    paths = dict(_peer_path(text) for text in args.peer)
+    if device == "cpu":
+        console.print("peers run on a GPU only: none is timed")
+        return {}
+    peers, missing = load_peers(paths)
+    for name, reason in missing.items():
+        console.print(f"no {PEERS[name].title}: {reason}", style="yellow", markup=False)
+    return peers
 
+
+def _choose_device(wanted: str) -> str:
     devices = usable_devices("all" if wanted == "auto" else wanted)
     return next((device for device in devices if device != "cpu"), "cpu")
 

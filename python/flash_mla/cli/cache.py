@@ -95,7 +95,7 @@ def report(model: Model, memory: int, requests: int, page_size: int, groups: int
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("cache", help="bytes per token and longest context of a model")
-    parser.add_argument("--model", choices=MODELS, default="deepseek-v3")
+    parser.add_argument("--model", type=_preset, choices=MODELS, default="deepseek-v3")
     parser.add_argument(
         "--memory", type=parse_memory, default="80GiB", help="memory of the cache (default 80GiB)"
     )
@@ -143,6 +143,12 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     console.print("MHA: the same heads, kept unfolded. *: past max_position_embeddings.")
     return 0
+
+
+def _preset(text: str) -> str:
+    """The key in MODELS of a name as people write it: "DeepSeek-V3", "V3", "Kimi K2"."""
+    name = text.lower().replace(" ", "-").replace("_", "-")
+    return f"deepseek-{name}" if f"deepseek-{name}" in MODELS else name
 
 
 def _positive(text: str) -> int:

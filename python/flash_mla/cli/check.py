@@ -6,17 +6,24 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-if TYPE_CHECKING:
-    import torch
-
-    from flash_mla.cli.reference import Shape, Verdict
+import flash_mla
+from flash_mla.cli.devices import usable_devices
+from flash_mla.cli.measure import D_V
+from flash_mla.cli.reference import (
+    Problem,
+    Shape,
+    Verdict,
+    judge,
+    make_problem,
+    request_keys,
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,8 +35,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from flash_mla.cli.devices import usable_devices
-
     rows = []
     devices = usable_devices(args.device)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -50,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shapes(device: str) -> list[Shape]:
-    from flash_mla.cli.reference import Shape
-
     shapes = [
         Shape("one token", (1,)),
         Shape("one page", (64,), h_q=128),
@@ -82,10 +85,6 @@ def _tests(device: str, seed: int) -> Iterator[tuple[str, Callable[[], Verdict]]
 
 def check_decode(shape: Shape, device: str, seed: int) -> Verdict:
     """One decode, run twice: near the reference, and bitwise the same again."""
-    import torch
-
-    from flash_mla.cli.reference import judge, make_problem
-
     problem = make_problem(shape, seed)
     out, lse = _decode(problem.to(device), shape.causal)
     again, lse_again = _decode(problem.to(device), shape.causal)
@@ -96,12 +95,6 @@ def check_decode(shape: Shape, device: str, seed: int) -> Verdict:
 
 def check_append(device: str, seed: int) -> Verdict:
     """Writes a cache token by token, in random order, then decodes from it."""
-    import torch
-
-    import flash_mla
-    from flash_mla.cli.measure import D_V
-    from flash_mla.cli.reference import Shape, judge, make_problem, request_keys
-
     shape = Shape("append", (100, 65))
     problem = make_problem(shape, seed)
     target = problem.to(device)
@@ -118,9 +111,6 @@ def check_append(device: str, seed: int) -> Verdict:
 
 def check_merge(device: str, seed: int) -> Verdict:
     """Decodes the first page and the rest apart, and merges."""
-    import flash_mla
-    from flash_mla.cli.reference import Shape, judge, make_problem
-
     problem = make_problem(Shape("merge", (200, 64, 70), causal=False), seed)
     whole = problem.to(device)
     size = problem.shape.page_size
@@ -137,10 +127,7 @@ def check_merge(device: str, seed: int) -> Verdict:
     return dataclasses.replace(verdict, out_limit=1.5 * verdict.out_limit)
 
 
-def _decode(problem, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    import flash_mla
-    from flash_mla.cli.measure import D_V
-
+def _decode(problem: Problem, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     metadata, _ = flash_mla.get_mla_metadata()
     return flash_mla.flash_mla_with_kvcache(
         problem.q,

@@ -1,34 +1,19 @@
-"""`flash-mla demo`: MLA decoding of a real text, from its words to an attention layer's output.
-
-The text is cut into tokens and these into requests of different length. All but the last tokens of
-each request are compressed into one paged cache; the last ones are then decoded step by step, all
-requests together. What comes out is compared with plain multi-head attention in float64.
-"""
+"""`flash-mla demo`: MLA decoding of a real text, shown as tables."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import re
-import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from flash_mla.cli.cache import MODELS, layer_bytes
+from flash_mla.cli.decode_text import PAGE_SIZE, Result, cut, decode_text, tokenize
+from flash_mla.cli.devices import usable_devices
 
-if TYPE_CHECKING:
-    import torch
-
-    from flash_mla.cli.mla_layer import MlaLayer
-
-_PAGE_SIZE = 64
-_EMBEDDINGS = 4096  # rows that tokens are hashed to
 _SAMPLE = Path(__file__).with_name("sample.txt")
 
 
@@ -37,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--file", type=Path, help="the text (default: README.md, else a sample)")
     parser.add_argument("--requests", type=int, default=8, help="requests to cut it into")
     parser.add_argument("--steps", type=int, default=16, help="tokens to decode per request")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="tokens to read at most")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens to read at most")
     parser.add_argument("--device", choices=("all", "cpu", "cuda"), default="all")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16", help="of the cache")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -45,8 +30,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from flash_mla.cli.devices import usable_devices
-
     for name in ("requests", "steps", "max_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} = {getattr(args, name)}, wanted >= 1")
@@ -72,195 +55,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def tokenize(text: str) -> list[str]:
-    """Pieces of at most four letters, the mean length of a language model's tokens. Raises
-    ValueError when there is none."""
-    tokens = re.findall(r"\w{1,4}|[^\w\s]", text)
-    if not tokens:
-        raise ValueError("the text has no token in it")
-    return tokens
-
-
-def cut(tokens: list[str], requests: int) -> list[list[str]]:
-    """Consecutive pieces of the text whose lengths are about as 1 : 2 : 3 and so on, none empty."""
-    requests = min(requests, len(tokens))
-    shares = requests * (requests + 1) // 2
-    spare = len(tokens) - requests  # every request has one token to begin with
-    ends = [i + spare * (i * (i + 1) // 2) // shares for i in range(requests + 1)]
-    return [tokens[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-
-
-def embed(tokens: list[str]) -> torch.Tensor:
-    """Fixed random embeddings, [t, 2048] in fp32, chosen by a hash of the token."""
-    import torch
-
-    from flash_mla.cli.mla_layer import Geometry
-
-    generator = torch.Generator("cpu").manual_seed(1)
-    table = torch.randn(
-        _EMBEDDINGS, Geometry().hidden, generator=generator, dtype=torch.float32, device="cpu"
-    )
-    rows = [zlib.crc32(token.encode()) % _EMBEDDINGS for token in tokens]
-    # bf16 values, so that every device starts from the same numbers.
-    return table[rows].bfloat16().float()
-
-
-@dataclasses.dataclass
-class Result:
-    """What the demo found on one device. Errors are relative to the reference's largest value."""
-
-    device: str
-    error: float
-    error_limit: float
-    steps: int
-    tokens_cached: int
-    pages_used: int
-    pages_total: int
-    page_utilisation: float
-    layer_tokens_per_second: float
-    attention_tokens_per_second: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.error_limit
-
-
-def decode_text(requests: list[list[str]], device: str, dtype_name: str, steps: int) -> Result:
-    """Fills a cache, decodes the last `steps` tokens of every request together, and compares."""
-    import torch
-
-    from flash_mla.cli.measure import DTYPES
-    from flash_mla.cli.mla_layer import Geometry, MlaLayer
-
-    on_gpu = device != "cpu"
-    dtype = DTYPES[dtype_name]
-    # Projections: bf16 tensor cores on a GPU; fp32 on the CPU, where PyTorch's bf16 may be slow.
-    layer = MlaLayer(Geometry(), device, dtype if on_gpu else torch.float32)
-    tokens = [token for request in requests for token in request]
-    hidden = embed(tokens).to(layer.w_q).split([len(request) for request in requests])
-    steps = min(steps, *(len(request) for request in requests))
-    decoder = _Decoder(layer, hidden, steps, dtype)
-
-    start = time.perf_counter()
-    for step in range(steps):
-        output = decoder.step(step)
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    layer_seconds = (time.perf_counter() - start) / steps
-
-    error, limit = _compare(layer, hidden, output, dtype)
-    return Result(
-        device=device,
-        error=error,
-        error_limit=limit,
-        steps=steps,
-        layer_tokens_per_second=len(requests) / layer_seconds,
-        attention_tokens_per_second=len(requests) / decoder.attention_seconds(),
-        **decoder.page_figures(),
-    )
-
-
-class _Decoder:
-    """One layer and one paged cache that all requests share."""
-
-    def __init__(
-        self, layer: MlaLayer, hidden: Sequence[torch.Tensor], steps: int, dtype: torch.dtype
-    ) -> None:
-        import torch
-
-        import flash_mla
-
-        self.layer, self.hidden, self.dtype = layer, hidden, dtype
-        self.device = layer.w_q.device
-        self.lengths = [len(rows) for rows in hidden]
-        self.prompts = [length - steps for length in self.lengths]
-        self.ids = list(range(len(hidden)))
-        pages = sum(-(-length // _PAGE_SIZE) for length in self.lengths)
-        self.cache = flash_mla.PagedKVCache(pages, _PAGE_SIZE, dtype, self.device)
-        for i, prompt in zip(self.ids, self.prompts, strict=True):
-            self.cache.allocate(i)
-            positions = torch.arange(prompt, device=self.device)
-            self.cache.append(i, *self._compress(hidden[i][:prompt], positions))
-
-    def step(self, step: int) -> torch.Tensor:
-        """Decodes the next token of every request: the layer's output, [b, hidden]."""
-        import torch
-
-        import flash_mla
-
-        now = [prompt + step for prompt in self.prompts]
-        rows = torch.stack([rows[at] for rows, at in zip(self.hidden, now, strict=True)])
-        positions = torch.tensor(now, device=self.device)
-        slots = torch.cat([self.cache.grow(i) for i in self.ids])
-        flash_mla.append_kv_cache(*self._compress(rows, positions), self.cache.kv_cache, slots)
-        self.q = self.layer.absorbed_query(rows, positions)[:, None].to(self.dtype)
-        self.block_table = self.cache.block_table(self.ids)
-        self.cache_seqlens = self.cache.cache_seqlens(self.ids)
-        return self.layer.project_out(self.attend()[:, 0].to(rows.dtype))
-
-    def attend(self) -> torch.Tensor:
-        import flash_mla
-        from flash_mla.cli.measure import D_V
-
-        metadata, _ = flash_mla.get_mla_metadata()
-        out, _ = flash_mla.flash_mla_with_kvcache(
-            self.q,
-            self.cache.kv_cache,
-            self.block_table,
-            self.cache_seqlens,
-            D_V,
-            metadata,
-            softmax_scale=self.layer.geometry.softmax_scale,
-            causal=True,
-        )
-        return out
-
-    def attention_seconds(self) -> float:
-        """Median time of the attention call of the last step alone."""
-        import torch
-
-        from flash_mla.cli.measure import graph_time, host_clock_time
-
-        if self.device.type == "cpu":
-            return host_clock_time(self.attend)[0] * 1e-6
-        with torch.cuda.device(self.device):
-            return graph_time(self.attend)[0] * 1e-6
-
-    def page_figures(self) -> dict:
-        usage = self.cache.usage
-        return {
-            "tokens_cached": usage.tokens,
-            "pages_used": usage.used_pages,
-            "pages_total": usage.num_pages,
-            "page_utilisation": usage.token_fraction,
-        }
-
-    def _compress(
-        self, rows: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, k_rope = self.layer.compress(rows, positions)
-        return latent.to(self.dtype), k_rope.to(self.dtype)
-
-
-def _compare(
-    layer: MlaLayer, hidden: Sequence[torch.Tensor], output: torch.Tensor, dtype: torch.dtype
-) -> tuple[float, float]:
-    """(error of the decode, its limit): the limit is twice the error of the naive form with the
-    roundings of a kernel of that type, plus one rounding of the largest value."""
-    import torch
-
-    exact = layer.to_float64()
-    error = plain_error = 0.0
-    for rows, got in zip(hidden, output, strict=True):
-        rows = rows.to("cpu", torch.float64)
-        want = exact.naive(rows)
-        plain = exact.naive(rows, round_to=dtype)
-        largest = want.abs().max()
-        error = max(error, float((got.cpu().double() - want).abs().max() / largest))
-        plain_error = max(plain_error, float((plain - want).abs().max() / largest))
-    return error, 2 * plain_error + torch.finfo(dtype).eps / 2
-
-
 def _default_text() -> Path:
     checkout = Path(__file__).resolve().parents[3]
     candidates = (Path("README.md"), checkout / "README.md")
@@ -268,19 +62,23 @@ def _default_text() -> Path:
 
 
 def _print_report(console: Console, results: list[Result]) -> None:
-    console.print(_error_table(results))
-    console.print(_bytes_table(results[0].tokens_cached))
     first = results[0]
+    console.print(f"All requests decode their last {first.steps} tokens together, step by step.")
+    console.print(_error_table(results))
+    console.print(
+        "Naive: keys and values of every head, in float64. Limit: twice the error of that form "
+        "rounded as a kernel rounds, plus one rounding."
+    )
+    console.print(_bytes_table(first.tokens_cached))
     console.print(
         f"Pages: {first.pages_used} of {first.pages_total} in use, {first.page_utilisation:.1%} "
-        f"of their slots hold a token ({first.tokens_cached:,} tokens, {_PAGE_SIZE} to a page)"
+        f"of their slots hold a token ({first.tokens_cached:,} tokens, {PAGE_SIZE} to a page)"
     )
     console.print(_speed_table(results))
 
 
 def _error_table(results: list[Result]) -> Table:
-    title = "Absorbed decode from the cache against naive multi-head attention in float64"
-    table = Table(title=title, title_justify="left")
+    table = Table(title="Absorbed decode against naive attention", title_justify="left")
     for column in ("device", "relative error", "limit", ""):
         table.add_column(column)
     for result in results:

@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import flash_mla
+from flash_mla.cli.devices import usable_devices
+from flash_mla.cli.variants import probe
+
 _YES = "[green]yes[/]"
 
 
@@ -19,10 +23,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import flash_mla
-    from flash_mla.cli.devices import usable_devices
-    from flash_mla.cli.variants import probe
-
     facts = flash_mla.info()
     variants = {device: probe(device) for device in usable_devices()}
     if args.json:

@@ -119,14 +119,22 @@ class MlaLayer:
 
 
 def _rms_norm(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    wide = _widened(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotates pairs (2i, 2i + 1) of the last axis by positions * 10000 ** (-2i / d)."""
+    wide = _widened(x)
     d = x.shape[-1]
     exponents = torch.arange(0, d, 2, dtype=torch.float64, device=x.device) / d
     angles = positions[..., None].double() * 10000.0**-exponents
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    cos, sin = angles.cos().to(wide.dtype), angles.sin().to(wide.dtype)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """In fp32 where x is narrower."""
+    return x.float() if x.dtype.itemsize < 4 else x
