@@ -35,7 +35,8 @@ void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>&
   for (const std::int32_t length : lengths) {
     const std::int32_t blocks = schedule_blocks(length);
     for (std::int32_t item = 0; item < shape.items_per_request; ++item) {
-      // Parts whose range touches the item's, and some more on either side, which have to stay away.
+      // Parts whose range touches the item's, and some more on either side, which have to stay
+      // away.
       const std::int64_t end = start + schedule.item_cost(blocks);
       const auto first = std::max<std::int64_t>(start / schedule.payload - 3, 0);
       const auto last = std::min<std::int64_t>(end / schedule.payload + 3, shape.num_parts - 1);
