@@ -4,7 +4,7 @@ file(GLOB FLASH_MLA_CPU_SOURCES CONFIGURE_DEPENDS src/cpu/*.cpp)
 set(flash_mla_flags_baseline -O3 -ffp-contract=fast)
 set(flash_mla_flags_avx2 ${flash_mla_flags_baseline} -mavx2 -mfma -mf16c)
 set(flash_mla_flags_avx512 ${flash_mla_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
-set(flash_mla_flags_amx ${flash_mla_flags_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
+set(flash_mla_flags_amx ${flash_mla_flags_avx512} -mamx-tile -mamx-bf16)
 
 if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(FILTER FLASH_MLA_CPU_SOURCES EXCLUDE REGEX "kernels_(avx2|avx512|amx)\\.cpp$")

@@ -41,6 +41,9 @@ class DecodeProblem {
 
   // Arguments over the tensors as they stand in `place`, whose results take_back() brings here.
   [[nodiscard]] DecodeArgs args(Place&& place = HostPlace());
+  [[nodiscard]] std::vector<TestTensor*> tensors() {
+    return {&q, &kv_cache, &block_table, &cache_seqlens, &out, &lse};
+  }
   // Reports, as GoogleTest failures, what differs from the reference by more than the tolerance,
   // and damaged guards.
   void check_result();
