@@ -199,7 +199,7 @@ def _choose_device(wanted: str) -> str:
 
 
 def _default_cases(device: str) -> Path:
-    """The repository's list on a GPU, where a checkout is at hand; its cases are too big for a CPU."""
+    """The repository's list on a GPU, in a checkout; its cases are too big for a CPU."""
     checkout = Path(__file__).resolve().parents[3] / "bench" / "cases" / "dense.json"
     return checkout if device != "cpu" and checkout.is_file() else _SMALL_CASES
 

@@ -1,4 +1,4 @@
-"""`flash-mla cache`: bytes per token and longest context of a model's KV cache, by kind of attention.
+"""`flash-mla cache`: bytes per token and longest context, by kind of attention.
 
 Pure arithmetic. For each layer and token, in elements: MHA caches h_q * (d_nope + d_rope + d_v)
 (this model's own heads, kept as they are), GQA g * 2 * d_v for g groups, MLA kv_lora_rank + d_rope

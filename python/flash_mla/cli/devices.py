@@ -6,7 +6,7 @@ import flash_mla
 
 
 def usable_devices(wanted: str = "all") -> list[str]:
-    """["cpu", "cuda:0", ...]: every device of the wanted kind ("all", "cpu", "cuda") that can decode.
+    """Devices of the wanted kind ("all", "cpu", "cuda") that can decode: ["cpu", "cuda:0", ...].
 
     Raises RuntimeError, with the reason, when "cuda" is wanted and no GPU can.
     """

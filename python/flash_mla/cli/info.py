@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_variant_table(variants))
     for conflict in facts["conflicts"]:
         console.print(
-            f"[bold red]conflict:[/] the installed package {conflict} has the import name flash_mla "
-            "too: uninstall both, then install one"
+            f"[bold red]conflict:[/] the installed package {conflict} has the import name "
+            "flash_mla too: uninstall both, then install one"
         )
     return 0
 

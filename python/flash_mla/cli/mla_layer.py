@@ -2,8 +2,9 @@
 
 DeepSeek-V2 (arXiv:2405.04434, section 2.1 and appendix C) without q_lora, as in DeepSeek-V2-Lite:
 
-    c_t = RMSNorm(W_DKV h_t)    latent, cached           k_t^R = RoPE(W_KR h_t)    shared, cached
-    q_t,i = [W_UQ,i h_t ; RoPE(W_QR,i h_t)]              k_t,i = [W_UK,i c_t ; k_t^R]    v_t,i = W_UV,i c_t
+    c_t = RMSNorm(W_DKV h_t) (the latent) and k_t^R = RoPE(W_KR h_t) are cached
+    q_t,i = [W_UQ,i h_t ; RoPE(W_QR,i h_t)]
+    k_t,i = [W_UK,i c_t ; k_t^R]                   v_t,i = W_UV,i c_t
 
 Naive: attention over k and v of every head. Absorbed: <W_UQ h, W_UK c> = <W_UK^T W_UQ h, c>, so the
 queries move into the latent space, attention runs on the cache as it is, and W_UV follows.
@@ -90,7 +91,7 @@ class MlaLayer:
         return torch.cat((q_latent, q_rope), dim=-1)
 
     def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
-        """Attention results in the latent space [t, heads, 512] to the layer's output [t, hidden]."""
+        """Attention results in the latent space [t, heads, 512] to outputs [t, hidden]."""
         values = torch.einsum("thc,hcv->thv", latent_out, self.w_uv)
         return values.flatten(1) @ self.w_o
 

@@ -100,7 +100,7 @@ def _flashinfer_fa3(inputs: Inputs) -> Callable[[], torch.Tensor]:
 
 
 def _split_query(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(RoPE part [b * s_q, h_q, 64], latent part [b * s_q, h_q, 512], first row of each request)."""
+    """RoPE part [b * s_q, h_q, 64], latent part [b * s_q, h_q, 512], each request's first row."""
     b, s_q, _, _ = inputs.q.shape
     rows = inputs.q.flatten(0, 1)
     starts = torch.arange(0, (b + 1) * s_q, s_q, dtype=torch.int32, device=inputs.q.device)

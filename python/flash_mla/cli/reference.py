@@ -44,7 +44,7 @@ class Problem:
 
 
 def make_problem(shape: Shape, seed: int = 0) -> Problem:
-    """Shuffled pages; NaN in every row that no request owns, garbage in every unused table entry."""
+    """Shuffled pages; NaN in rows that no request owns, garbage in unused table entries."""
     generator = torch.Generator("cpu").manual_seed(seed)
     dtype = DTYPES[shape.dtype]
     b, size = len(shape.lengths), shape.page_size
