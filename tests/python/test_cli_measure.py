@@ -1,4 +1,4 @@
-"""The measuring core: cases, inputs, the check before the clock, peers, the plot."""
+"""The measuring core: cases, inputs, the check before the clock, the plot."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_mla.cli import measure, peers, roofline
+from flash_mla.cli import measure, roofline
 
 CASES = Path(__file__).resolve().parents[2] / "bench" / "cases" / "dense.json"
 TINY = measure.Case("tiny", b=3, s_q=2, h_q=4, s_kv=130, varlen=True)
@@ -113,21 +113,6 @@ def test_our_failure_is_a_row(monkeypatch):
 def test_median_and_spread_of_the_clock():
     us, spread = measure.host_clock_time(lambda: statistics.mean(range(100)), ms=2)
     assert us > 0 and spread >= 0
-
-
-def test_missing_peers_say_why(monkeypatch, tmp_path):
-    for peer in peers.PEERS.values():
-        if peer.environment:
-            monkeypatch.delenv(peer.environment, raising=False)
-    no_library = tmp_path / "peer.so"
-    no_library.write_text("not a library")
-    adapters, missing = peers.load_peers({"fa3_qv": str(no_library)})
-    assert set(adapters) | set(missing) == set(peers.PEERS)
-    assert str(no_library) in missing["fa3_qv"]
-    if "sgl_flash_mla" in missing:
-        assert "FLASH_MLA_PEER_SGL" in missing["sgl_flash_mla"]
-    with pytest.raises(ValueError, match="peer = other, wanted one of sgl_flash_mla"):
-        peers.load_peers({"other": "x.so"})
 
 
 def test_roofline_plot(tmp_path):
