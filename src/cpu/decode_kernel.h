@@ -7,9 +7,8 @@
 // the online softmax (FlashAttention, arXiv:2205.14135) in base 2. Runs are merged as in
 // Flash-Decoding.
 //
-// Who includes this defines FLASH_MLA_CPU_LANES, FLASH_MLA_CPU_ROW_TILE and
-// FLASH_MLA_CPU_COLUMN_TILE: the lanes of a vector and a tile that fills the vector registers,
-// leaving kColumnTile + 2 free.
+// Who includes this defines FLASH_MLA_CPU_LANES, the lanes of a vector, and FLASH_MLA_CPU_ROW_TILE
+// and FLASH_MLA_CPU_COLUMN_TILE, a tile of accumulators that all but fills the vector registers.
 #pragma once
 
 #include "cpu/isa.h"
