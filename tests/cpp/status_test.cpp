@@ -99,8 +99,8 @@ TEST(CApi, NumbersAreThoseOfTheCppApi) {
   EXPECT_EQ(FLASH_MLA_CUDA, static_cast<int>(DeviceType::kCuda));
 }
 
-// The oracle's own numbers (on a little-endian machine): every 16-bit pattern survives, and rounding goes to the nearest, ties
-// to even.
+// The oracle's own numbers (on a little-endian machine): every 16-bit pattern survives, and
+// rounding goes to the nearest, ties to even.
 TEST(Reference, SixteenBitFormats) {
   for (const auto format : {reference::Format::kBf16, reference::Format::kFp16}) {
     for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
