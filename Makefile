@@ -1,7 +1,8 @@
 # The front door. `make help` lists the targets; each does its own set-up.
 #
 # Variables: PYTHON (any Python >= 3.10), VENV (a folder, or "none" to use PYTHON as it is), BUILD (the CMake build folder), JOBS,
-# CMAKE_FLAGS (more options for CMake), TEST_BINARY (a prebuilt C++ test program for gpu-test), SUITES (what gpu-test runs).
+# CMAKE_FLAGS (more options for CMake), TEST_BINARY (a prebuilt C++ test program for gpu-test), SUITES (what gpu-test runs),
+# TARGETS (what build builds; default all).
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
@@ -45,15 +46,16 @@ $(VENV)/.lint-ready: tools/requirements.txt tools/make_venv.py
 
 # One CMake tree serves the library, the C++ tests and the Python extension, so that every file is compiled once. A tree that was carried
 # here from another folder is configured afresh. The log keeps what ptxas said (tools/check_spills.py). The stamp says which sources were
-# built; it is written first, so that a source that changes under the build makes the stamp wrong, never the ledger. TARGETS builds a part.
+# built: it is taken before the build, so that a source that changes meanwhile does not pass for built, and counts once all is built.
 build: $(READY)  ## build the library, its tests and the Python extension
 	@mkdir -p $(BUILD)
 	@fresh=; grep -qsxF 'CMAKE_HOME_DIRECTORY:INTERNAL=$(CURDIR)' $(BUILD)/CMakeCache.txt || { fresh=--fresh; rm -f $(BUILD)/build.log; }; \
 	cmake $$fresh -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASH_MLA_PYTHON=ON -DFLASH_MLA_BUILD_TESTS=ON \
 	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" $(CMAKE_FLAGS)
-	@$(if $(TARGETS),,$(PY) tools/ledger.py stamp $(BUILD))
-	@cmake --build $(BUILD) -j $(JOBS) $(if $(TARGETS),--target $(TARGETS)) 2>&1 | tee -a $(BUILD)/build.log | { grep -v '^ptxas info\|bytes stack frame' || true; } \
-	  || { rm -f $(BUILD)/stamp.json; exit 1; }
+	@rm -f $(BUILD)/stamp.json && $(PY) tools/ledger.py stamp $(BUILD)/stamp.next
+	@cmake --build $(BUILD) -j $(JOBS) $(if $(TARGETS),--target $(TARGETS)) 2>&1 | tee -a $(BUILD)/build.log \
+	  | { grep -v '^ptxas info\|bytes stack frame' || true; }
+	@$(if $(TARGETS),,mv $(BUILD)/stamp.next $(BUILD)/stamp.json)
 	@$(MAKE) --no-print-directory link
 
 .PHONY: link test-cpp test-python lint-python lint-cpp lint-text

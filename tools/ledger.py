@@ -5,8 +5,8 @@ what the GPU code is built from. `check` computes the digest again and fails whe
 
   ledger.py check          fails unless the ledger, and the newest file of bench/results, belong to these sources
   ledger.py digest         prints the digest of these sources
-  ledger.py stamp BUILD    notes in BUILD/stamp.json which sources that build folder was built from
-  ledger.py built BUILD    succeeds when BUILD holds a build of these very sources
+  ledger.py stamp FILE     notes in FILE, in a build folder, which sources these are
+  ledger.py built BUILD    succeeds when BUILD holds a build of these very sources (stamp.json)
 
 The digest covers the sources under SOURCES with comments and layout taken out, the lines of CMake that choose how they are compiled,
 and the version of the CUDA toolkit, which decides both the generated code and the headers.
@@ -46,10 +46,11 @@ def normalised(text):
     text = LITERAL_OR_COMMENT.sub(lambda m: " " if m[0].startswith("/") else m[0], text)
     lines = []
     for line in text.replace("\\\n", " ").splitlines():
-        line = re.sub(r"\s+", " ", line).strip()
-        # A preprocessor directive ends with its line; elsewhere a line break is a space.
-        lines.append(f"\n{line}\n" if line.startswith("#") else line)
-    return re.sub(r" ?(?<!\w) | (?!\w)", "", " ".join(lines))
+        words = " ".join(line.split())
+        if words:
+            # A preprocessor directive ends with its line; elsewhere a line break is a space.
+            lines.append(f"\n{words}\n" if words.startswith("#") else words)
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(lines))
 
 
 def toolkit_version(build=None):
@@ -92,9 +93,9 @@ def read_stamp(build):
     return stamp if stamp["digest"] == digest(stamp["toolkit"]) else None
 
 
-def write_stamp(build):
-    toolkit = toolkit_version(build)
-    write(Path(build) / "stamp.json", {"digest": digest(toolkit), "toolkit": toolkit})
+def write_stamp(file):
+    toolkit = toolkit_version(file.parent)
+    write(file, {"digest": digest(toolkit), "toolkit": toolkit})
 
 
 def gpu():
@@ -170,8 +171,8 @@ def main():
             check()
         case ["digest"]:
             print(digest(toolkit_version()))
-        case ["stamp", build]:
-            write_stamp(build)
+        case ["stamp", file]:
+            write_stamp(Path(file))
         case ["built", build]:
             sys.exit(0 if read_stamp(build) else 1)
         case _:

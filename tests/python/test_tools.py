@@ -23,9 +23,7 @@ const char* s = "// no comment";
 
 
 def test_digest_ignores_comments_and_layout():
-    other = (
-        '#include "a.h"\nconstexpr int kRows=1000;\nint f(int a) {\n  return a+kRows;  // sum\n}\n'
-    )
+    other = '#include "a.h"\nconstexpr int kRows=1000;\nint\n\n  f(int a) {\n  return a+kRows;  // sum\n}\n'
     other += 'const char *s = "// no comment";\n'
     assert ledger.normalised(SOURCE) == ledger.normalised(other)
 
