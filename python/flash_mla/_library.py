@@ -41,15 +41,11 @@ def _find_extension() -> pathlib.Path:
 def _load() -> ctypes.CDLL:
     _check_torch_version()
     path = _find_extension()
-    try:
-        torch.ops.load_library(path)
-    except RuntimeError as error:
-        if "namespace flash_mla" not in str(error):
-            raise
+    if hasattr(torch.ops.flash_mla, "decode"):
         raise ImportError(
-            "flash_mla: another distribution has registered the operators torch.ops.flash_mla in this process "
-            "(sgl-flash-mla?); the two cannot be used together"
-        ) from error
+            "flash_mla: another copy of the package has registered the operators torch.ops.flash_mla in this process"
+        )
+    torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
     library.flash_mla_python_version.restype = ctypes.c_char_p
     library.flash_mla_python_cpu_isa.restype = ctypes.c_char_p
@@ -84,6 +80,11 @@ def cuda_build_version() -> int:
 def cpu_isa() -> str:
     """The instruction set that the CPU backend chose on this machine."""
     return _LIBRARY.flash_mla_python_cpu_isa().decode()
+
+
+def cpu_num_threads() -> int:
+    """Threads of the CPU backend: PyTorch's number, from the first call on the CPU."""
+    return _LIBRARY.flash_mla_python_cpu_num_threads()
 
 
 def cuda_device_count() -> int:

@@ -148,7 +148,8 @@ def flash_mla_with_kvcache(
                 bool(enable_batch_invariant), bool(validate),
             )  # fmt: skip
         else:
-            out, lse = _allocate_missing(q, out, lse)
+            if out is None or lse is None:
+                out, lse = _allocate_missing(q, out, lse)
             _decode_out(
                 q, k_cache, block_table, cache_seqlens, softmax_scale, causal, plan, splits,
                 bool(enable_batch_invariant), bool(validate), out, lse,

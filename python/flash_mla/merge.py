@@ -34,6 +34,11 @@ def merge_states(
 
     Raises ValueError for wrong shapes, strides or devices, TypeError for wrong types.
     """
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        if not isinstance(tensors, (Sequence, torch.Tensor)):
+            raise TypeError(
+                f"merge_states: {name} is {type(tensors).__name__}, wanted a sequence of tensors"
+            )
     outs, lses = list(outs), list(lses)
     for name, tensors in (("outs", outs), ("lses", lses)):
         _errors.require_tensors(

@@ -104,9 +104,13 @@ def _plan_tensors(
     ):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{function}: {name} is {type(value).__name__}, wanted an int")
-        if not 1 <= value < 2**31:
+        if value < 1:
             raise ValueError(f"{function}: {name} = {value}, wanted 1 or more")
     h_q = num_q_tokens_per_head_k * num_heads_k
+    if h_q >= 2**31:
+        raise ValueError(
+            f"{function}: num_q_tokens_per_head_k * num_heads_k = {h_q}, wanted less than 2 ** 31"
+        )
     metadata, num_splits = _make_plan(function, cache_seqlens, 1, h_q, num_heads_k, _PAGE_SIZE)
     if torch.compiler.is_compiling():
         return metadata, num_splits  # Dynamo cannot trace what follows, and plain tensors are legal
@@ -117,6 +121,9 @@ def _plan_tensors(
     metadata.tile_scheduler_metadata = metadata._planned = metadata.detach()
     metadata.num_splits = num_splits
     return metadata, num_splits
+
+
+_plan_tensors.__qualname__ = "get_mla_metadata"  # as which it complains about its arguments
 
 
 def get_mla_decoding_metadata(
@@ -154,6 +161,10 @@ def tensors_of(
         if num_splits is not None or not hasattr(plan, "tile_scheduler_metadata"):
             return plan, num_splits, False
     elif plan is None:
+        if num_splits is not None:
+            raise ValueError(
+                f"{function}: num_splits was given without tile_scheduler_metadata; wanted both or neither"
+            )
         return None, None, False
     else:
         raise TypeError(

@@ -26,6 +26,9 @@ FLASH_MLA_EXPORT std::int32_t flash_mla_python_cuda_build_version() {
   return flash_mla::cuda_build_version();
 }
 FLASH_MLA_EXPORT const char* flash_mla_python_cpu_isa() { return flash_mla::cpu_isa(); }
+FLASH_MLA_EXPORT std::int32_t flash_mla_python_cpu_num_threads() {
+  return flash_mla::cpu_num_threads();
+}
 FLASH_MLA_EXPORT std::int32_t flash_mla_python_cuda_device_count() {
   return flash_mla::cuda_device_count();
 }

@@ -18,6 +18,8 @@
 namespace flash_mla::python {
 namespace {
 
+constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
+
 // The CPU backend uses as many threads as PyTorch does.
 void follow_torch_threads(Device device) {
   if (device.type != DeviceType::kCpu) return;
@@ -49,29 +51,29 @@ struct DecodeCall {
              const Tensor& cache_seqlens, double softmax_scale, bool causal,
              const std::optional<Tensor>& metadata, const std::optional<Tensor>& num_splits,
              bool batch_invariant, bool validate) {
-    args.q = view_of(q, "q");
-    args.kv_cache = view_of(kv_cache, "k_cache");
-    args.block_table = view_of(block_table, "block_table");
-    args.cache_seqlens = view_of(cache_seqlens, "cache_seqlens");
+    args.q = view_of(q, "decode: q");
+    args.kv_cache = view_of(kv_cache, "decode: k_cache");
+    args.block_table = view_of(block_table, "decode: block_table");
+    args.cache_seqlens = view_of(cache_seqlens, "decode: cache_seqlens");
     args.softmax_scale = softmax_scale;
     args.causal = causal;
     args.batch_invariant = batch_invariant;
     args.validate = validate;
-    if (metadata) plan.metadata = view_of(*metadata, "tile_scheduler_metadata");
-    if (num_splits) plan.num_splits = view_of(*num_splits, "num_splits");
+    if (metadata) plan.metadata = view_of(*metadata, "decode: tile_scheduler_metadata");
+    if (num_splits) plan.num_splits = view_of(*num_splits, "decode: num_splits");
 
     if (args.q.device.type == DeviceType::kCuda && args.q.rank == 4 && args.q.stride[3] == 1 &&
         !is_aligned(args.q)) {
       aligned_q = new_tensor({args.q.shape[0], args.q.shape[1], args.q.shape[2], args.q.shape[3]},
                              args.q.dtype, args.q.device);
       torch::stable::copy_(*aligned_q, q);
-      args.q = view_of(*aligned_q, "q");
+      args.q = view_of(*aligned_q, "decode: q");
     }
   }
 
   void run(const Tensor& out, const Tensor& lse) {
-    args.out = view_of(out, "out");
-    args.lse = view_of(lse, "lse");
+    args.out = view_of(out, "decode: out");
+    args.lse = view_of(lse, "decode: lse");
     const Device device = args.q.device;
     follow_torch_threads(device);
     const StreamHandle stream = current_stream(device);
@@ -89,11 +91,12 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache,
                                   bool validate) {
   DecodeCall call(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata,
                   num_splits, batch_invariant, validate);
-  const TensorView& view = call.args.q;
-  const bool has_shape = view.rank == 4;  // otherwise run() refuses q
-  const std::int64_t b = has_shape ? view.shape[0] : 0, s_q = view.shape[1], h_q = view.shape[2];
-  Tensor out = new_tensor({b, s_q, h_q, kHeadDimV}, view.dtype, view.device);
-  Tensor lse = new_tensor({b, h_q, s_q}, DType::kFp32, view.device);
+  const TensorView& q_view = call.args.q;
+  std::int64_t b = q_view.shape[0], s_q = q_view.shape[1], h_q = q_view.shape[2];
+  // What run() is going to refuse gets no results to allocate.
+  if (q_view.rank != 4 || static_cast<double>(b) * s_q * h_q > kInt32Max) b = s_q = h_q = 0;
+  Tensor out = new_tensor({b, s_q, h_q, kHeadDimV}, q_view.dtype, q_view.device);
+  Tensor lse = new_tensor({b, h_q, s_q}, DType::kFp32, q_view.device);
   call.run(out, lse);
   return {out, lse};
 }
@@ -107,8 +110,6 @@ void decode_out(const Tensor& q, const Tensor& kv_cache, const Tensor& block_tab
   call.run(out, lse);
 }
 
-constexpr std::int64_t kLongestTable = std::numeric_limits<std::int32_t>::max();  // tokens
-
 // Arguments of which only the shapes and the lengths matter, which is all that a plan depends on.
 DecodeArgs plan_args(const TensorView& cache_seqlens, std::int64_t s_q, std::int64_t h_q,
                      std::int64_t h_kv, std::int64_t page_size) {
@@ -118,7 +119,7 @@ DecodeArgs plan_args(const TensorView& cache_seqlens, std::int64_t s_q, std::int
   args.q = contiguous_view(nullptr, DType::kBf16, device, {b, s_q, h_q, kHeadDimQk});
   args.kv_cache = contiguous_view(nullptr, DType::kBf16, device, {0, page_size, h_kv, kHeadDimQk});
   args.block_table = contiguous_view(nullptr, DType::kInt32, device,
-                                     {b, kLongestTable / std::max<std::int64_t>(page_size, 1)});
+                                     {b, kInt32Max / std::max<std::int64_t>(page_size, 1)});
   args.cache_seqlens = cache_seqlens;
   return args;
 }
@@ -126,22 +127,23 @@ DecodeArgs plan_args(const TensorView& cache_seqlens, std::int64_t s_q, std::int
 std::tuple<Tensor, Tensor> plan(const Tensor& cache_seqlens, std::int64_t s_q, std::int64_t h_q,
                                 std::int64_t h_kv, std::int64_t page_size) {
   const DecodeArgs args =
-      plan_args(view_of(cache_seqlens, "cache_seqlens"), s_q, h_q, h_kv, page_size);
+      plan_args(view_of(cache_seqlens, "plan_decode: cache_seqlens"), s_q, h_q, h_kv, page_size);
   const Device device = args.q.device;
   std::int32_t num_parts = 0;
   check(plan_size(args, &num_parts));
   Tensor metadata = new_tensor({num_parts, kPlanRowInts}, DType::kInt32, device);
   Tensor num_splits = new_tensor({args.q.shape[0] + 1}, DType::kInt32, device);
-  const DecodePlan plan = {view_of(metadata, "tile_scheduler_metadata"),
-                           view_of(num_splits, "num_splits")};
+  const DecodePlan plan = {view_of(metadata, "plan_decode: metadata"),
+                           view_of(num_splits, "plan_decode: num_splits")};
   check(plan_decode(args, plan, current_stream(device)));
   return {metadata, num_splits};
 }
 
 void append_kv_cache(const Tensor& kv_c, const Tensor& k_pe, const Tensor& kv_cache,
                      const Tensor& slot_mapping) {
-  const AppendKvArgs args = {view_of(kv_c, "kv_c"), view_of(k_pe, "k_pe"),
-                             view_of(kv_cache, "kv_cache"), view_of(slot_mapping, "slot_mapping")};
+  const AppendKvArgs args = {view_of(kv_c, "append_kv: kv_c"), view_of(k_pe, "append_kv: k_pe"),
+                             view_of(kv_cache, "append_kv: kv_cache"),
+                             view_of(slot_mapping, "append_kv: slot_mapping")};
   follow_torch_threads(args.kv_cache.device);
   check(append_kv(args, current_stream(args.kv_cache.device)));
 }
@@ -154,8 +156,8 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs,
                         outs.size(), lses.size()));
   }
   std::vector<TensorView> out_views, lse_views;
-  for (const Tensor& out : outs) out_views.push_back(view_of(out, "outs"));
-  for (const Tensor& lse : lses) lse_views.push_back(view_of(lse, "lses"));
+  for (const Tensor& out : outs) out_views.push_back(view_of(out, "merge_states: outs"));
+  for (const Tensor& lse : lses) lse_views.push_back(view_of(lse, "merge_states: lses"));
   const TensorView& first = out_views.front();
   Tensor out = new_tensor({first.shape[0], first.shape[1], first.shape[2], first.shape[3]},
                           fp32_out ? DType::kFp32 : first.dtype, first.device);
@@ -165,8 +167,8 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs,
   args.outs = out_views.data();
   args.lses = lse_views.data();
   args.num_parts = static_cast<std::int32_t>(outs.size());
-  args.out = view_of(out, "out");
-  args.lse = view_of(lse, "lse");
+  args.out = view_of(out, "merge_states: out");
+  args.lse = view_of(lse, "merge_states: lse");
   follow_torch_threads(first.device);
   check(flash_mla::merge_states(args, current_stream(first.device)));
   return {out, lse};
@@ -175,7 +177,9 @@ std::tuple<Tensor, Tensor> merge_states(const std::vector<Tensor>& outs,
 }  // namespace
 }  // namespace flash_mla::python
 
-STABLE_TORCH_LIBRARY(flash_mla, library) {
+// A fragment, so that other owners of the namespace (the serving fork) do not bring down the
+// process.
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_mla, library) {
   library.def(
       "decode(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float "
       "softmax_scale, bool causal, "

@@ -14,8 +14,8 @@ namespace flash_mla::python {
 
 using torch::stable::Tensor;
 
-// View of `tensor`; `name` is the argument's name in messages. Throws when no argument takes a
-// tensor of its dtype.
+// View of `tensor`; `name` is what messages about it start with: "decode: q". Throws when it is
+// None, or when no argument of the library takes its dtype.
 TensorView view_of(const Tensor& tensor, const char* name);
 
 // A new contiguous tensor on `device`, uninitialised, of at most kMaxRank axes. Comes from
