@@ -2,7 +2,7 @@
 #
 # Variables: PYTHON (any Python >= 3.10), VENV (a folder, or "none" to use PYTHON as it is), BUILD (the CMake build folder), JOBS,
 # CMAKE_FLAGS (more options for CMake), TEST_BINARY (a prebuilt C++ test program for gpu-test), SUITES (what gpu-test runs),
-# TARGETS (what build builds; default all).
+# TARGETS (what build builds; default all), BENCH_FLAGS.
 
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
@@ -16,6 +16,7 @@ CMAKE_FLAGS ?=
 TEST_BINARY ?=
 SUITES ?=
 TARGETS ?=
+BENCH_FLAGS ?=
 
 ifeq ($(VENV),none)
   PY := $(PYTHON)
@@ -79,7 +80,7 @@ test-python:
 
 bench:  ## time the CPU backend against the same maths in PyTorch
 	@$(MAKE) --no-print-directory build TARGETS=flash_mla_python
-	$(PY) bench/cpu/compare_torch.py
+	$(PY) bench/cpu/compare_torch.py $(BENCH_FLAGS)
 
 # Binaries that were built elsewhere are used as they are when they were built from these very sources.
 gpu-build: $(READY)

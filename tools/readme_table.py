@@ -1,7 +1,7 @@
 """Writes the performance tables of README.md and docs/performance.md and the plots beside them.
 
-The figures come from the newest file of bench/results for each GPU, the floors from bench/cases/dense.json; none is written by
-hand. `--check` writes nothing and fails when a file is not what it would write.
+The figures come from the newest file of bench/results for each GPU, from bench/results/cpu, and from bench/cases/dense.json; none
+is written by hand. `--check` writes nothing and fails when a file is not what it would write.
 """
 
 import math
@@ -115,6 +115,20 @@ def floors(document):
     )
 
 
+def cpu_tables():
+    """Ours against PyTorch's bf16 operations, one table a processor."""
+    parts = []
+    for file in sorted((ledger.RESULTS / "cpu").glob("*.json")):
+        result = ledger.read(file)
+        head = f"{result['cpu']}, {result['isa']}, {result['threads']} threads, PyTorch {result['torch']}"
+        rows = [
+            [row["name"], f"{row['us']:.0f}", f"{row['us_torch']:.0f}", f"{row['ratio']:.1f}"]
+            for row in result["rows"]
+        ]
+        parts.append(f"{head}:\n\n" + table(["case", "us", "us PyTorch", "ratio"], rows))
+    return "\n\n".join(parts) or "No result has been committed yet."
+
+
 def plot(result):
     """SVG: the time of every peer relative to ours, one line a case; right of 1 we are faster."""
     rows = [row for row in result["rows"] if row["us"]]
@@ -186,6 +200,7 @@ def documents():
     readme, page = ROOT / "README.md", ROOT / "docs/performance.md"
     files[readme] = fill(readme.read_text(), "performance", "\n".join(short).strip() or none)
     text = fill(page.read_text(), "results", "\n".join(full).strip() or none)
+    text = fill(text, "cpu", cpu_tables())
     files[page] = fill(text, "floors", floors(document))
     return files
 
