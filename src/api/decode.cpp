@@ -43,16 +43,14 @@ Status check_plan_rows(const char* function, std::int32_t rows, std::int32_t wan
 
 bool on_cuda(const DecodeArgs& args) { return args.q.device.type == DeviceType::kCuda; }
 
-// The variant for these shapes. The planner counts costs in 32 bits: the worst that these shapes
-// can hold has to fit.
-Status cuda_config(const char* function, const DecodeParams& params, std::int32_t device,
-                   cuda::DecodeConfig* config) {
-  FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, device, config));
+// The planner counts costs in 32 bits: the worst that these shapes can hold has to fit.
+Status check_schedule_cost(const char* function, const DecodeParams& params,
+                           const cuda::DecodeConfig& config) {
   const std::int64_t most_blocks =
       ceil_div(std::int64_t{params.max_pages} * params.page_size, std::int64_t{kBlockTokens});
   const std::int64_t most_cost =
-      Schedule::request_cost(config->schedule, static_cast<std::int32_t>(most_blocks));
-  if (params.b == 0 || most_cost <= std::numeric_limits<std::int32_t>::max() / params.b) return {};
+      Schedule::request_cost(config.schedule, static_cast<std::int32_t>(most_blocks));
+  if (params.b == 0 || most_cost < kMostScheduleCost / params.b) return {};
   return Status::error(StatusCode::kInvalidArgument,
                        "%s: block_table.shape = [%d, %d], too many pages for %d KV heads; use "
                        "fewer columns (max_pages) or requests",
@@ -77,7 +75,8 @@ Status decode_on_cuda(const DecodeArgs& args, const DecodePlan* plan, std::int32
   const std::int32_t device = args.q.device.index;
   if (plan_rows == 1) params.split = false;  // one row means "do not split"
   cuda::DecodeConfig config;
-  FLASH_MLA_RETURN_IF_ERROR(cuda_config("decode", params, device, &config));
+  FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, device, &config));
+  FLASH_MLA_RETURN_IF_ERROR(check_schedule_cost("decode", params, config));
   if (plan != nullptr) FLASH_MLA_RETURN_IF_ERROR(check_hint_rows(plan_rows, config, device));
   if (!has_rows(params)) return {};
   FLASH_MLA_RETURN_IF_ERROR(
@@ -100,7 +99,7 @@ Status plan_size(const DecodeArgs& args, std::int32_t* num_parts) noexcept {
 #ifdef FLASH_MLA_WITH_CUDA
   if (on_cuda(args)) {
     cuda::DecodeConfig config;
-    FLASH_MLA_RETURN_IF_ERROR(cuda_config("plan_size", params, args.q.device.index, &config));
+    FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, args.q.device.index, &config));
     if (params.split) parts = config.schedule.num_parts;
   }
 #endif
@@ -118,7 +117,7 @@ Status workspace_size(const DecodeArgs& args, std::size_t* counters_size,
 #ifdef FLASH_MLA_WITH_CUDA
   if (on_cuda(args)) {
     cuda::DecodeConfig config;
-    FLASH_MLA_RETURN_IF_ERROR(cuda_config("workspace_size", params, args.q.device.index, &config));
+    FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, args.q.device.index, &config));
     counters = config.counters_size;
     partials = config.partials_size;
   }
@@ -152,7 +151,7 @@ Status plan_decode(const DecodeArgs& args, const DecodePlan& plan, StreamHandle 
   if (on_cuda(args)) {
     const std::int32_t device = args.q.device.index;
     cuda::DecodeConfig config;
-    FLASH_MLA_RETURN_IF_ERROR(cuda_config("plan_decode", params, device, &config));
+    FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, device, &config));
     const std::int32_t parts = params.split ? config.schedule.num_parts : 1;
     FLASH_MLA_RETURN_IF_ERROR(check_plan_rows("plan_decode", plan_params.num_parts, parts));
     return cuda::plan_decode(params, config, plan_params, device, stream);
@@ -188,7 +187,8 @@ Status is_supported(const DecodeArgs& args) noexcept {
 #ifdef FLASH_MLA_WITH_CUDA
   if (on_cuda(args)) {
     cuda::DecodeConfig config;
-    return cuda_config("is_supported", params, args.q.device.index, &config);
+    FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, args.q.device.index, &config));
+    return check_schedule_cost("is_supported", params, config);
   }
 #endif
   return {};
@@ -205,7 +205,7 @@ Status describe_decode(const DecodeArgs& args, char* text, std::size_t size) noe
 #ifdef FLASH_MLA_WITH_CUDA
   if (on_cuda(args)) {
     cuda::DecodeConfig config;
-    FLASH_MLA_RETURN_IF_ERROR(cuda_config("describe_decode", params, args.q.device.index, &config));
+    FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, args.q.device.index, &config));
     std::snprintf(text, size, "sm90 decode_dense %s pair=%d parts=%d team=%d",
                   dtype_name(params.dtype), config.cluster == 2 ? 1 : 0, config.schedule.num_parts,
                   config.schedule.team);

@@ -434,7 +434,7 @@ Status check_decode(const char* function, const DecodeArgs& args, DecodeCheck le
   params->stride_out_b = out.stride[0];
   params->stride_out_s = out.stride[1];
   params->stride_out_h = out.stride[2];
-  params->lse = static_cast<float*>(lse.data);
+  params->lse = lse.defined() ? static_cast<float*>(lse.data) : nullptr;
   params->stride_lse_b = lse.stride[0];
   params->stride_lse_h = lse.stride[1];
   params->stride_lse_s = lse.stride[2];
