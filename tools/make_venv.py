@@ -83,7 +83,8 @@ def main():
         rows += build_tools()
         if has_torch(str(venv / "bin" / "python")):
             rows = [row for row in rows if not row[0].startswith("torch")]
-    install = [*pip_command(venv), "install", "--disable-pip-version-check", "-q"]
+    # --no-compile: PyTorch has thousands of files; those that are used are compiled at their first import.
+    install = [*pip_command(venv), "install", "--no-compile", "--disable-pip-version-check", "-q"]
     print(f"setting up {venv}: " + " ".join(requirement for requirement, _ in rows), flush=True)
     if subprocess.run([*install, *(requirement for requirement, _ in rows)]).returncode == 0:
         return
