@@ -150,8 +150,9 @@ class Fp32Products {
                          float* out) {
     Vec sums[kRows][kColumnTile];
     for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kColumnTile; ++c)
+      for (int c = 0; c < kColumnTile; ++c) {
         sums[r][c] = load(out + r * kDimV + c * kLanes) * correction[r];
+      }
     }
     for (int t = 0; t < tokens; ++t) {
       Vec value[kColumnTile];
@@ -190,19 +191,19 @@ float softmax_row(float* p, int visible, float* max_log2, float* sum_of_row) {
 
 template <class T, class Products>
 void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
-                   std::int32_t token_end, typename Products::Scratch& scratch, Partial& partial) {
+                   std::int32_t token_end, void* scratch_memory, Partial* partial) {
+  auto& scratch = *static_cast<typename Products::Scratch*>(scratch_memory);
   for (int r = 0; r < group.num_rows; ++r) {
-    partial.max_log2[r] = -kInfinity;
-    partial.sum[r] = 0.f;
+    partial->max_log2[r] = -kInfinity;
+    partial->sum[r] = 0.f;
   }
-  constexpr int kMultiple = Products::kRowMultiple;
+  constexpr int kMultiple = Products::kRowMultiple, kBlock = Products::kBlock;
   const int touched_rows = (group.num_rows + kMultiple - 1) / kMultiple * kMultiple;
-  std::memset(partial.out, 0, sizeof(float) * kDimV * touched_rows);
+  std::memset(partial->out, 0, sizeof(float) * kDimV * touched_rows);
   Products::load_queries(params, group, scratch);
   TokenReader<T> reader(params, group, token_begin);
   const std::int32_t seqlen = params.cache_seqlens[group.request];
   const std::int32_t heads = params.h_q / params.h_kv;
-  constexpr int kBlock = Products::kBlock;
   for (std::int32_t begin = token_begin; begin < token_end; begin += kBlock) {
     const int tokens = token_end - begin < kBlock ? token_end - begin : kBlock;
     Products::load_tokens(reader, tokens, scratch);
@@ -210,10 +211,10 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
     for (int r = 0; r < group.num_rows; ++r) {
       std::int32_t visible = visible_tokens(params, seqlen, (group.row_begin + r) / heads) - begin;
       visible = visible < 0 ? 0 : visible < tokens ? visible : tokens;
-      scratch.correction[r] = softmax_row<Products::kBlock>(scratch.p + r * kBlock, visible,
-                                                            &partial.max_log2[r], &partial.sum[r]);
+      scratch.correction[r] = softmax_row<kBlock>(scratch.p + r * kBlock, visible,
+                                                  &partial->max_log2[r], &partial->sum[r]);
     }
-    Products::accumulate(group.num_rows, tokens, scratch, partial.out);
+    Products::accumulate(group.num_rows, tokens, scratch, partial->out);
   }
   Products::release();
 }
@@ -233,17 +234,18 @@ void finish_rows(const DecodeParams& params, const RowGroup& group, const Partia
     }
     const float finite_max = max_log2 == -kInfinity ? 0.f : max_log2;
     float total = 0.f;
-    for (int i = 0; i < num_parts; ++i)
+    for (int i = 0; i < num_parts; ++i) {
       total += parts[i].sum[r] * exp2(parts[i].max_log2[r] - finite_max);
+    }
     const bool empty = visible_tokens(params, params.cache_seqlens[group.request],
                                       static_cast<std::int32_t>(s)) == 0;
-    const float scale = empty ? 0.f : 1.f / total;
     float merged[kDimV] = {};
-    for (int i = 0; i < num_parts; ++i) {
-      const float weight = exp2(parts[i].max_log2[r] - finite_max) * scale;
+    for (int i = 0; i < num_parts && !empty; ++i) {
+      const float weight = exp2(parts[i].max_log2[r] - finite_max) / total;
       const float* part = parts[i].out + r * kDimV;
-      for (int d = 0; d < kDimV; d += kLanes)
+      for (int d = 0; d < kDimV; d += kLanes) {
         store(merged + d, load(merged + d) + load(part + d) * weight);
+      }
     }
     for (int d = 0; d < kDimV; d += kLanes) store(out + d, load(merged + d));
     if (params.lse != nullptr) {
@@ -254,20 +256,13 @@ void finish_rows(const DecodeParams& params, const RowGroup& group, const Partia
   }
 }
 
-template <class T, class Products>
-void decode_chunk_typed(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
-                        std::int32_t token_end, void* scratch, Partial* partial) {
-  decode_tokens<T, Products>(params, group, token_begin, token_end,
-                             *static_cast<typename Products::Scratch*>(scratch), *partial);
-}
-
 // Kernels::decode_chunk and its scratch_size, with an own way to multiply bf16 where there is one.
 template <class Bf16Products = Fp32Products<Bf16>>
 void decode_chunk(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
                   std::int32_t token_end, void* scratch, Partial* partial) {
-  const auto run = params.dtype == DType::kBf16   ? decode_chunk_typed<Bf16, Bf16Products>
-                   : params.dtype == DType::kFp16 ? decode_chunk_typed<Fp16, Fp32Products<Fp16>>
-                                                  : decode_chunk_typed<Fp32, Fp32Products<Fp32>>;
+  const auto run = params.dtype == DType::kBf16   ? decode_tokens<Bf16, Bf16Products>
+                   : params.dtype == DType::kFp16 ? decode_tokens<Fp16, Fp32Products<Fp16>>
+                                                  : decode_tokens<Fp32, Fp32Products<Fp32>>;
   run(params, group, token_begin, token_end, scratch, partial);
 }
 

@@ -3,11 +3,13 @@
 // A tile is 16 rows of 64 bytes. The product of a tile of A (16 x 32 bf16) and one of B, whose row
 // k holds the pairs (B[2k][n], B[2k + 1][n]), adds to 16 x 16 fp32. The products are laid out so
 // that little has to be rearranged:
-//   scores^T = keys x q^T      A: rows of the cache as they are; B: q, transposed once per chunk
-//   out += p x values          A: probabilities rounded to bf16 (as the GPU kernels do); B: two
-//   tokens
-//                              interleaved
-// The scores are transposed back for the softmax.
+//   scores^T = keys x q^T   A: rows of the cache as they are; B: q, transposed once per chunk
+//   out += p x values       A: probabilities, rounded to bf16; B: two tokens interleaved
+// The scores are transposed back for the softmax. Like the GPU kernels, and unlike the other CPU
+// kernels, this one rounds the probabilities to bf16.
+//
+// NOTE: tested on an emulation of the tile instructions only, for want of a processor that has them
+// (November 2026). Look again when the tests have run on one.
 #define FLASH_MLA_CPU_LANES 16
 #define FLASH_MLA_CPU_ROW_TILE 6
 #define FLASH_MLA_CPU_COLUMN_TILE 4
