@@ -178,7 +178,8 @@ void check_merge(const MergeCase& merge_case, Place& place, StreamHandle stream,
   for (double& value : plain.out) value = reference::round_to(format, value);
   const std::vector<double> got = out.values(), got_lse = lse.values();
   const reference::Errors out_errors =
-      reference::compare_out(format, got.data(), exact.out.data(), plain.out.data(), got.size());
+      reference::compare_out(format, got.data(), exact.out.data(), plain.out.data(), got.size(),
+                             reference::score_error(exact.lse.data(), exact.lse.size()));
   EXPECT_TRUE(out_errors.ok()) << "out errs by " << out_errors.got << ", allowed "
                                << out_errors.allowed << ", at row " << out_errors.at / d;
   std::vector<double> got_lse_rows(rows);

@@ -235,9 +235,9 @@ void DecodeProblem::check_result() {
   const std::size_t rows = std::size_t(reference.s_q) * reference.h_q;
   for (int request = 0; request < reference.b; ++request) {
     const std::size_t row = request * rows, element = row * kHeadDimV;
-    const auto out_errors =
-        reference::compare_out(reference.format, &got_out[element], &exact.out[element],
-                               &plain.out[element], rows * kHeadDimV);
+    const auto out_errors = reference::compare_out(
+        reference.format, &got_out[element], &exact.out[element], &plain.out[element],
+        rows * kHeadDimV, reference::score_error(&exact.lse[row], rows));
     EXPECT_TRUE(out_errors.ok()) << "out of request " << request << " errs by " << out_errors.got
                                  << ", allowed " << out_errors.allowed << ", at row "
                                  << out_errors.at / kHeadDimV << ", column "

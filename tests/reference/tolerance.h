@@ -2,14 +2,16 @@
 // twice as much as a plain implementation in the tensors' own precision does on the same input,
 // plus a floor for what rounding alone costs.
 //
-//   out, per request:  max |got - exact| <= 2 * max |plain - exact| + 2 * u * max |exact|
-//   lse, per request:  max |got - exact| <= 2 * max |plain - exact| + 2^-20 * max(1, max |exact|)
+//   out, per request:  max |got - exact| <= 2 * max |plain - exact| + (2 * u + w) * max |exact|
+//   lse, per request:  max |got - exact| <= 2 * max |plain - exact| + w
+//   where w = 2^-20 * max(1, max |exact lse|)
 //
-// u is the unit roundoff of out's format (2^-8 bf16, 2^-11 fp16, 2^-24 fp32). The floor of out is
-// two roundings: one of the result and one of a partial result. That of lse is eight roundings in
-// fp32, of scores that are of lse's size. The rule is FlashAttention's (Dao-AILab/flash-attention,
-// tests/), made per request so that the small outputs of long requests are held to their own scale.
-// Rows that see no key are exact: out 0, lse as asked for.
+// u is the unit roundoff of out's format (2^-8 bf16, 2^-11 fp16, 2^-24 fp32): two roundings, one of
+// the result and one of a partial result. w is sixteen roundings in fp32 of scores that are of
+// lse's size: so far may lse be off, and so far, relatively, may every weight. The rule is
+// FlashAttention's (Dao-AILab/flash-attention, tests/), made per request so that the small outputs
+// of long requests are held to their own scale. Rows that see no key are exact: out 0, lse as asked
+// for.
 #pragma once
 
 #include <algorithm>
@@ -27,12 +29,24 @@ struct Errors {
   [[nodiscard]] bool ok() const { return got <= allowed; }
 };
 
-// Largest error over `count` numbers, compared as above; equal infinities differ by nothing, a NaN
-// is an infinite error.
+inline double largest(const double* values, std::size_t count) {
+  double most = 0.0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (std::isfinite(values[i])) most = std::max(most, std::abs(values[i]));
+  }
+  return most;
+}
+
+// w above, of `count` lse values.
+inline double score_error(const double* exact_lse, std::size_t count) {
+  return std::ldexp(std::max(1.0, largest(exact_lse, count)), -20);
+}
+
+// Compares `count` numbers; equal infinities differ by nothing, a NaN is an infinite error.
 inline Errors compare(const double* got, const double* exact, const double* plain,
-                      std::size_t count, double floor_per_size, double least_size) {
+                      std::size_t count, double floor) {
   Errors errors;
-  double plain_error = 0.0, size = least_size;
+  double plain_error = 0.0;
   const auto difference = [](double x, double y) {
     if (x == y) return 0.0;
     const double distance = std::abs(x - y);
@@ -44,22 +58,22 @@ inline Errors compare(const double* got, const double* exact, const double* plai
       errors.got = error;
       errors.at = static_cast<std::ptrdiff_t>(i);
     }
-    if (!std::isfinite(exact[i])) continue;
-    plain_error = std::max(plain_error, difference(plain[i], exact[i]));
-    size = std::max(size, std::abs(exact[i]));
+    if (std::isfinite(exact[i]))
+      plain_error = std::max(plain_error, difference(plain[i], exact[i]));
   }
-  errors.allowed = 2.0 * plain_error + floor_per_size * size;
+  errors.allowed = 2.0 * plain_error + floor;
   return errors;
 }
 
 inline Errors compare_out(Format format, const double* got, const double* exact,
-                          const double* plain, std::size_t count) {
-  return compare(got, exact, plain, count, 2.0 * unit_roundoff(format), 0.0);
+                          const double* plain, std::size_t count, double score_error) {
+  const double floor = (2.0 * unit_roundoff(format) + score_error) * largest(exact, count);
+  return compare(got, exact, plain, count, floor);
 }
 
 inline Errors compare_lse(const double* got, const double* exact, const double* plain,
                           std::size_t count) {
-  return compare(got, exact, plain, count, std::ldexp(1.0, -20), 1.0);
+  return compare(got, exact, plain, count, score_error(exact, count));
 }
 
 }  // namespace reference
