@@ -6,7 +6,7 @@ endfunction()
 file(REMOVE_RECURSE ${WORK_DIR})
 run(${CMAKE_COMMAND} --install ${BUILD_DIR} --prefix ${WORK_DIR}/prefix --component flash_mla)
 foreach(library IN ITEMS static shared)
-  run(${CMAKE_COMMAND} -S ${SOURCE_DIR} -B ${WORK_DIR}/${library} -G ${GENERATOR}
+  run(${CMAKE_COMMAND} -S ${SOURCE_DIR} -B ${WORK_DIR}/${library} -G "${GENERATOR}"
       -D CMAKE_BUILD_TYPE=Release -D CMAKE_C_COMPILER=${C_COMPILER} -D CMAKE_CXX_COMPILER=${CXX_COMPILER}
       -D CMAKE_PREFIX_PATH=${WORK_DIR}/prefix -D FLASH_MLA_LIBRARY=flash_mla::flash_mla_${library})
   run(${CMAKE_COMMAND} --build ${WORK_DIR}/${library})
