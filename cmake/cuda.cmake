@@ -27,14 +27,19 @@ if(FLASH_MLA_CUDA STREQUAL "AUTO" OR FLASH_MLA_CUDA)
 endif()
 
 if(FLASH_MLA_WITH_CUDA)
-  file(GLOB FLASH_MLA_CUDA_SOURCES CONFIGURE_DEPENDS
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.cpp
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/*.cu
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/common/*.cpp
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/common/*.cu
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/planner/*.cu
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/sm90/*/*.cpp
-    ${CMAKE_CURRENT_SOURCE_DIR}/src/cuda/sm90/*/*.cu)
+  file(GLOB FLASH_MLA_CUDA_SOURCES CONFIGURE_DEPENDS src/cuda/sm90/*/*.cu)  # one folder a kernel
+  list(APPEND FLASH_MLA_CUDA_SOURCES
+    src/cuda/append_kv.cu
+    src/cuda/decode_config.cpp
+    src/cuda/merge_states.cu
+    src/cuda/validate.cu
+    src/cuda/workspace.cpp
+    src/cuda/common/device.cpp
+    src/cuda/common/error.cpp
+    src/cuda/common/host.cpp
+    src/cuda/common/properties.cpp
+    src/cuda/common/tensor_map.cpp
+    src/cuda/planner/plan_decode.cu)
 endif()
 
 # Compiles the CUDA sources of `target` for sm_90a. ptxas reports registers and spills of every kernel (-Xptxas=-v) in the
