@@ -77,31 +77,33 @@ bool has_elements(const TensorView& view) {
                      [](std::int64_t extent) { return extent > 0; });
 }
 
-// Messages of one public function. Every method returns kOk or names function, argument, got and
-// wanted.
+// The checks of one public function. A check that fails returns false and leaves its message, which
+// names function, argument, got and wanted, in status().
 class Checker {
  public:
-  explicit constexpr Checker(const char* function) : function_(function) {}
+  explicit Checker(const char* function) : function_(function) {}
 
-  [[gnu::format(printf, 2, 3)]] Status invalid(const char* format, ...) const {
+  [[nodiscard]] const Status& status() const { return status_; }
+
+  [[gnu::format(printf, 2, 3)]] bool invalid(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    const Status status = make(StatusCode::kInvalidArgument, format, arguments);
+    fail(StatusCode::kInvalidArgument, format, arguments);
     va_end(arguments);
-    return status;
+    return false;
   }
 
-  [[gnu::format(printf, 3, 4)]] Status error(StatusCode code, const char* format, ...) const {
+  [[gnu::format(printf, 3, 4)]] bool error(StatusCode code, const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    const Status status = make(code, format, arguments);
+    fail(code, format, arguments);
     va_end(arguments);
-    return status;
+    return false;
   }
 
   // A defined tensor of the layout's rank whose extents fit 32 bits and whose strides are not
   // negative and stay inside 63 bits. `last_contiguous`: the last axis has stride 1.
-  Status form(const Layout& layout, const TensorView& view, bool last_contiguous = true) const {
+  bool form(const Layout& layout, const TensorView& view, bool last_contiguous = true) {
     if (!view.defined()) {
       return invalid("%s is not given, wanted %s", layout.tensor, AxesText(layout).text);
     }
@@ -113,8 +115,8 @@ class Checker {
       return invalid("%s.rank = %d, wanted %d: %s", layout.tensor, view.rank, layout.rank,
                      AxesText(layout).text);
     }
-    std::int64_t span =
-        dtype_size(view.dtype);  // bytes from the first element to the end of the last
+    // Bytes from the first element to the end of the last.
+    std::int64_t span = dtype_size(view.dtype);
     for (int axis = 0; axis < view.rank; ++axis) {
       const std::int64_t extent = view.shape[axis];
       const std::int64_t stride = view.stride[axis];
@@ -139,32 +141,31 @@ class Checker {
       return invalid("%s.stride[%d] (%s) = %lld, wanted 1 (contiguous)", layout.tensor, last,
                      layout.axes[last], static_cast<long long>(view.stride[last]));
     }
-    return {};
+    return true;
   }
 
-  Status extent(const Layout& layout, const TensorView& view, int axis, std::int64_t wanted,
-                const char* source) const {
-    if (view.shape[axis] == wanted) return {};
+  bool extent(const Layout& layout, const TensorView& view, int axis, std::int64_t wanted,
+              const char* source) {
+    if (view.shape[axis] == wanted) return true;
     return invalid("%s.shape[%d] (%s) = %lld, wanted %lld%s", layout.tensor, axis,
                    layout.axes[axis], static_cast<long long>(view.shape[axis]),
                    static_cast<long long>(wanted), source);
   }
 
-  Status head_dim(const Layout& layout, const TensorView& view, int axis, int supported) const {
-    if (view.shape[axis] == supported) return {};
+  bool head_dim(const Layout& layout, const TensorView& view, int axis, int supported) {
+    if (view.shape[axis] == supported) return true;
     return invalid("%s.shape[%d] (%s) = %lld, this build supports {%d}", layout.tensor, axis,
                    layout.axes[axis], static_cast<long long>(view.shape[axis]), supported);
   }
 
-  Status dtype(const Layout& layout, const TensorView& view, DType wanted,
-               const char* source = "") const {
-    if (view.dtype == wanted) return {};
+  bool dtype(const Layout& layout, const TensorView& view, DType wanted, const char* source = "") {
+    if (view.dtype == wanted) return true;
     return error(StatusCode::kInvalidType, "%s.dtype = %s, wanted %s%s", layout.tensor,
                  dtype_name(view.dtype), dtype_name(wanted), source);
   }
 
   // bf16 and fp16; fp32 on the CPU.
-  Status float_dtype(const Layout& layout, const TensorView& view) const {
+  bool float_dtype(const Layout& layout, const TensorView& view) {
     if (view.dtype == DType::kFp8E4M3) {
       return error(StatusCode::kUnsupported,
                    "%s.dtype = fp8_e4m3, not supported by this build; wanted %s", layout.tensor,
@@ -174,20 +175,25 @@ class Checker {
       return error(StatusCode::kInvalidType, "%s.dtype = %s, wanted %s", layout.tensor,
                    dtype_name(view.dtype), kFloatDTypes);
     }
-    return {};
+    return true;
   }
 
-  Status device(const Layout& layout, const TensorView& view, Device wanted,
-                const char* source = " as q") const {
-    if (view.device == wanted) return {};
-    FLASH_MLA_RETURN_IF_ERROR(check_device(function_, layout.tensor, view.device));
+  bool device_exists(const char* tensor, Device device) {
+    status_ = check_device(function_, tensor, device);
+    return status_.ok();
+  }
+
+  bool device(const Layout& layout, const TensorView& view, Device wanted,
+              const char* source = " as q") {
+    if (view.device == wanted) return true;
+    if (!device_exists(layout.tensor, view.device)) return false;
     return invalid("%s.device = %s, wanted %s%s", layout.tensor, DeviceText(view.device).text,
                    DeviceText(wanted).text, source);
   }
 
   // A pointer, aligned to `alignment` bytes, where the tensor has an element.
-  Status data(const Layout& layout, const TensorView& view, int alignment = 0) const {
-    if (!has_elements(view)) return {};
+  bool data(const Layout& layout, const TensorView& view, int alignment = 0) {
+    if (!has_elements(view)) return true;
     if (view.data == nullptr) {
       return invalid("%s.data = null, wanted a pointer", layout.tensor);
     }
@@ -196,11 +202,11 @@ class Checker {
       return invalid("%s.data = %p, wanted a multiple of %d bytes", layout.tensor, view.data,
                      wanted);
     }
-    return {};
+    return true;
   }
 
   // Strides of all axes but the last are multiples of 16 bytes.
-  Status aligned_strides(const Layout& layout, const TensorView& view) const {
+  bool aligned_strides(const Layout& layout, const TensorView& view) {
     const int elements = kCudaAlignment / dtype_size(view.dtype);
     for (int axis = 0; axis + 1 < view.rank; ++axis) {
       if (view.shape[axis] > 1 && view.stride[axis] % elements != 0) {
@@ -209,13 +215,13 @@ class Checker {
                        static_cast<long long>(view.stride[axis]), elements, kCudaAlignment);
       }
     }
-    return {};
+    return true;
   }
 
   // No two elements at one address. Axes sorted by stride must each step over all the finer ones:
   // sufficient, and also necessary but for layouts that nobody uses.
-  Status no_overlap(const Layout& layout, const TensorView& view) const {
-    if (!has_elements(view)) return {};
+  bool no_overlap(const Layout& layout, const TensorView& view) {
+    if (!has_elements(view)) return true;
     int order[kMaxRank];  // axes by stride, finest first
     for (int axis = 0; axis < view.rank; ++axis) {
       int place = axis;
@@ -235,61 +241,61 @@ class Checker {
       }
       reach += view.stride[axis] * (view.shape[axis] - 1);
     }
-    return {};
+    return true;
   }
 
   // rows = b * s_q * h_q are counted in 32 bits by the backends.
-  Status row_count(const Layout& layout, std::int64_t b, std::int64_t s_q, std::int64_t h_q) const {
-    if (s_q * h_q <= kInt32Max && (s_q * h_q == 0 || b <= kInt32Max / (s_q * h_q))) return {};
+  bool row_count(const Layout& layout, std::int64_t b, std::int64_t s_q, std::int64_t h_q) {
+    if (s_q * h_q <= kInt32Max && (s_q * h_q == 0 || b <= kInt32Max / (s_q * h_q))) return true;
     return invalid("%s has %lld * %lld * %lld rows (b * s_q * h_q), wanted at most 2147483647",
                    layout.tensor, static_cast<long long>(b), static_cast<long long>(s_q),
                    static_cast<long long>(h_q));
   }
 
-  Status page_size(const Layout& layout, const TensorView& view) const {
-    if (view.shape[1] >= 1 && view.shape[1] <= kMaxPageSize) return {};
+  bool page_size(const Layout& layout, const TensorView& view) {
+    if (view.shape[1] >= 1 && view.shape[1] <= kMaxPageSize) return true;
     return invalid("%s.shape[1] (page_size) = %lld, wanted 1 .. %d", layout.tensor,
                    static_cast<long long>(view.shape[1]), kMaxPageSize);
   }
 
-  Status empty_lse(EmptyLse value, float* infinity) const {
+  bool empty_lse(EmptyLse value, float* infinity) {
     if (value != EmptyLse::kPositiveInfinity && value != EmptyLse::kNegativeInfinity) {
       return invalid("empty_lse = %d, wanted 0 (+inf) or 1 (-inf)", static_cast<int>(value));
     }
     const float inf = std::numeric_limits<float>::infinity();
     *infinity = value == EmptyLse::kPositiveInfinity ? inf : -inf;
-    return {};
+    return true;
   }
 
-  Status fp32_is_cpu_only(const Layout& layout, const TensorView& view) const {
-    if (view.device.type == DeviceType::kCpu || view.dtype != DType::kFp32) return {};
+  bool fp32_is_cpu_only(const Layout& layout, const TensorView& view) {
+    if (view.device.type == DeviceType::kCpu || view.dtype != DType::kFp32) return true;
     return error(StatusCode::kUnsupported,
                  "%s.dtype = fp32, wanted bf16 or fp16 on a GPU; fp32 runs on the CPU",
                  layout.tensor);
   }
 
  private:
-  [[gnu::format(printf, 3, 0)]] Status make(StatusCode code, const char* format,
-                                            va_list arguments) const {
+  [[gnu::format(printf, 3, 0)]] void fail(StatusCode code, const char* format, va_list arguments) {
     char text[Status::kMaxMessage];
     std::vsnprintf(text, sizeof(text), format, arguments);
-    return Status::error(code, "%s: %s", function_, text);
+    status_ = Status::error(code, "%s: %s", function_, text);
   }
 
   const char* function_;
+  Status status_;
 };
 
 // What the GPU kernel asks of kv_cache and q beyond the CPU's wishes.
-Status check_decode_cuda(const Checker& check, const DecodeArgs& args, bool with_strides) {
-  FLASH_MLA_RETURN_IF_ERROR(check.fp32_is_cpu_only(kQ, args.q));
+bool check_decode_cuda(Checker& check, const DecodeArgs& args, bool with_strides) {
+  if (!check.fp32_is_cpu_only(kQ, args.q)) return false;
   if (args.kv_cache.shape[1] != kCudaPageSize) {
     return check.error(StatusCode::kUnsupported,
                        "kv_cache.shape[1] (page_size) = %lld, this build supports {%d} on a GPU",
                        static_cast<long long>(args.kv_cache.shape[1]), kCudaPageSize);
   }
-  if (!with_strides) return {};
-  FLASH_MLA_RETURN_IF_ERROR(check.aligned_strides(kQ, args.q));
-  FLASH_MLA_RETURN_IF_ERROR(check.aligned_strides(kKvCache, args.kv_cache));
+  if (!with_strides) return true;
+  if (!check.aligned_strides(kQ, args.q)) return false;
+  if (!check.aligned_strides(kKvCache, args.kv_cache)) return false;
   for (int axis = 0; axis < 3; ++axis) {
     const std::int64_t bytes = args.kv_cache.stride[axis] * dtype_size(args.kv_cache.dtype);
     if (args.kv_cache.shape[axis] > 1 && (bytes == 0 || bytes >= kTmaStrideLimit)) {
@@ -298,7 +304,7 @@ Status check_decode_cuda(const Checker& check, const DecodeArgs& args, bool with
           kKvCache.axes[axis], static_cast<long long>(args.kv_cache.stride[axis]));
     }
   }
-  return {};
+  return true;
 }
 
 }  // namespace
@@ -327,31 +333,31 @@ Status check_device(const char* function, const char* name, Device device) noexc
 
 Status check_decode(const char* function, const DecodeArgs& args, DecodeCheck level,
                     DecodeParams* params) noexcept {
-  const Checker check(function);
+  Checker check(function);
   const TensorView &q = args.q, &kv = args.kv_cache;
   const Device device = q.device;
   const bool on_cuda = device.type == DeviceType::kCuda;
 
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kQ, q));
-  FLASH_MLA_RETURN_IF_ERROR(check_device(function, "q", device));
-  FLASH_MLA_RETURN_IF_ERROR(check.float_dtype(kQ, q));
-  FLASH_MLA_RETURN_IF_ERROR(check.head_dim(kQ, q, 3, kHeadDimQk));
-  FLASH_MLA_RETURN_IF_ERROR(check.row_count(kQ, q.shape[0], q.shape[1], q.shape[2]));
+  if (!check.form(kQ, q)) return check.status();
+  if (!check.device_exists("q", device)) return check.status();
+  if (!check.float_dtype(kQ, q)) return check.status();
+  if (!check.head_dim(kQ, q, 3, kHeadDimQk)) return check.status();
+  if (!check.row_count(kQ, q.shape[0], q.shape[1], q.shape[2])) return check.status();
 
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kKvCache, kv));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kKvCache, kv, device));
-  FLASH_MLA_RETURN_IF_ERROR(check.float_dtype(kKvCache, kv));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kKvCache, kv, q.dtype, " as q"));
-  FLASH_MLA_RETURN_IF_ERROR(check.head_dim(kKvCache, kv, 3, kHeadDimQk));
-  FLASH_MLA_RETURN_IF_ERROR(check.page_size(kKvCache, kv));
+  if (!check.form(kKvCache, kv)) return check.status();
+  if (!check.device(kKvCache, kv, device)) return check.status();
+  if (!check.float_dtype(kKvCache, kv)) return check.status();
+  if (!check.dtype(kKvCache, kv, q.dtype, " as q")) return check.status();
+  if (!check.head_dim(kKvCache, kv, 3, kHeadDimQk)) return check.status();
+  if (!check.page_size(kKvCache, kv)) return check.status();
   const std::int64_t h_q = q.shape[2], h_kv = kv.shape[2];
   if (h_q > 0 && (h_kv < 1 || h_q % h_kv != 0)) {
-    return check.invalid(
-        "q.shape[2] (h_q) = %lld, wanted a multiple of kv_cache.shape[2] (h_kv) = %lld",
-        static_cast<long long>(h_q), static_cast<long long>(h_kv));
+    check.invalid("q.shape[2] (h_q) = %lld, wanted a multiple of kv_cache.shape[2] (h_kv) = %lld",
+                  static_cast<long long>(h_q), static_cast<long long>(h_kv));
+    return check.status();
   }
-  if (on_cuda) {
-    FLASH_MLA_RETURN_IF_ERROR(check_decode_cuda(check, args, level >= DecodeCheck::kShapes));
+  if (on_cuda && !check_decode_cuda(check, args, level >= DecodeCheck::kShapes)) {
+    return check.status();
   }
 
   params->dtype = q.dtype;
@@ -366,57 +372,61 @@ Status check_decode(const char* function, const DecodeArgs& args, DecodeCheck le
   if (level == DecodeCheck::kSizes) return {};
 
   const TensorView &table = args.block_table, &lengths = args.cache_seqlens;
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kBlockTable, table));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kBlockTable, table, device));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kBlockTable, table, DType::kInt32));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kBlockTable, table, 0, q.shape[0], " as q"));
+  if (!check.form(kBlockTable, table)) return check.status();
+  if (!check.device(kBlockTable, table, device)) return check.status();
+  if (!check.dtype(kBlockTable, table, DType::kInt32)) return check.status();
+  if (!check.extent(kBlockTable, table, 0, q.shape[0], " as q")) return check.status();
   if (table.shape[1] > kInt32Max / kv.shape[1]) {
-    return check.invalid(
+    check.invalid(
         "block_table.shape[1] (max_pages) = %lld, wanted at most %lld: "
         "max_pages * page_size has to fit 32 bits",
         static_cast<long long>(table.shape[1]), static_cast<long long>(kInt32Max / kv.shape[1]));
+    return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kCacheSeqlens, lengths));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kCacheSeqlens, lengths, device));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kCacheSeqlens, lengths, DType::kInt32));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kCacheSeqlens, lengths, 0, q.shape[0], " as q"));
+  if (!check.form(kCacheSeqlens, lengths)) return check.status();
+  if (!check.device(kCacheSeqlens, lengths, device)) return check.status();
+  if (!check.dtype(kCacheSeqlens, lengths, DType::kInt32)) return check.status();
+  if (!check.extent(kCacheSeqlens, lengths, 0, q.shape[0], " as q")) return check.status();
   params->max_pages = static_cast<std::int32_t>(table.shape[1]);
   params->cache_seqlens = static_cast<const std::int32_t*>(lengths.data);
-  if (level == DecodeCheck::kPlan) return check.data(kCacheSeqlens, lengths);
+  if (level == DecodeCheck::kPlan) {
+    return check.data(kCacheSeqlens, lengths) ? Status() : check.status();
+  }
 
   const TensorView &out = args.out, &lse = args.lse;
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kOut, out));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kOut, out, device));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kOut, out, q.dtype, " as q"));
+  if (!check.form(kOut, out)) return check.status();
+  if (!check.device(kOut, out, device)) return check.status();
+  if (!check.dtype(kOut, out, q.dtype, " as q")) return check.status();
   for (int axis = 0; axis < 3; ++axis) {
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(kOut, out, axis, q.shape[axis], " as q"));
+    if (!check.extent(kOut, out, axis, q.shape[axis], " as q")) return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.head_dim(kOut, out, 3, kHeadDimV));
-  FLASH_MLA_RETURN_IF_ERROR(check.no_overlap(kOut, out));
-  if (on_cuda) FLASH_MLA_RETURN_IF_ERROR(check.aligned_strides(kOut, out));
+  if (!check.head_dim(kOut, out, 3, kHeadDimV)) return check.status();
+  if (!check.no_overlap(kOut, out)) return check.status();
+  if (on_cuda && !check.aligned_strides(kOut, out)) return check.status();
   if (lse.defined()) {
-    FLASH_MLA_RETURN_IF_ERROR(check.form(kLse, lse, false));
-    FLASH_MLA_RETURN_IF_ERROR(check.device(kLse, lse, device));
-    FLASH_MLA_RETURN_IF_ERROR(check.dtype(kLse, lse, DType::kFp32));
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(kLse, lse, 0, q.shape[0], " as q"));
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(kLse, lse, 1, q.shape[2], " as q"));
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(kLse, lse, 2, q.shape[1], " as q"));
-    FLASH_MLA_RETURN_IF_ERROR(check.no_overlap(kLse, lse));
+    if (!check.form(kLse, lse, false)) return check.status();
+    if (!check.device(kLse, lse, device)) return check.status();
+    if (!check.dtype(kLse, lse, DType::kFp32)) return check.status();
+    if (!check.extent(kLse, lse, 0, q.shape[0], " as q")) return check.status();
+    if (!check.extent(kLse, lse, 1, q.shape[2], " as q")) return check.status();
+    if (!check.extent(kLse, lse, 2, q.shape[1], " as q")) return check.status();
+    if (!check.no_overlap(kLse, lse)) return check.status();
   }
   const double scale =
       std::isnan(args.softmax_scale) ? 1.0 / std::sqrt(kHeadDimQk) : args.softmax_scale;
   if (std::abs(scale) > FLT_MAX) {
-    return check.invalid("softmax_scale = %g, wanted a finite 32-bit float", scale);
+    check.invalid("softmax_scale = %g, wanted a finite 32-bit float", scale);
+    return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.empty_lse(args.empty_lse, &params->empty_lse));
+  if (!check.empty_lse(args.empty_lse, &params->empty_lse)) return check.status();
   if (level == DecodeCheck::kAll) {
     const int alignment = on_cuda ? kCudaAlignment : 0;
-    FLASH_MLA_RETURN_IF_ERROR(check.data(kQ, q, alignment));
-    FLASH_MLA_RETURN_IF_ERROR(check.data(kKvCache, kv, alignment));
-    FLASH_MLA_RETURN_IF_ERROR(check.data(kBlockTable, table));
-    FLASH_MLA_RETURN_IF_ERROR(check.data(kCacheSeqlens, lengths));
-    FLASH_MLA_RETURN_IF_ERROR(check.data(kOut, out, alignment));
-    if (lse.defined()) FLASH_MLA_RETURN_IF_ERROR(check.data(kLse, lse));
+    if (!check.data(kQ, q, alignment)) return check.status();
+    if (!check.data(kKvCache, kv, alignment)) return check.status();
+    if (!check.data(kBlockTable, table)) return check.status();
+    if (!check.data(kCacheSeqlens, lengths)) return check.status();
+    if (!check.data(kOut, out, alignment)) return check.status();
+    if (lse.defined() && !check.data(kLse, lse)) return check.status();
   }
 
   params->softmax_scale = static_cast<float>(scale);
@@ -443,35 +453,39 @@ Status check_decode(const char* function, const DecodeArgs& args, DecodeCheck le
 
 Status check_plan(const char* function, const DecodePlan& plan, const DecodeParams& params,
                   Device device, bool num_splits_optional, PlanParams* plan_params) noexcept {
-  const Checker check(function);
+  Checker check(function);
   const TensorView &metadata = plan.metadata, &num_splits = plan.num_splits;
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kMetadata, metadata));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kMetadata, metadata, device));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kMetadata, metadata, DType::kInt32));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kMetadata, metadata, 1, kPlanRowInts, ""));
-  if (metadata.shape[0] < 1)
-    return check.invalid("plan.metadata.shape[0] (num_parts) = 0, wanted 1 or more");
-  if (metadata.shape[0] > 1 && metadata.stride[0] != kPlanRowInts) {
-    return check.invalid("plan.metadata.stride[0] (num_parts) = %lld, wanted %d (contiguous)",
-                         static_cast<long long>(metadata.stride[0]), kPlanRowInts);
+  if (!check.form(kMetadata, metadata)) return check.status();
+  if (!check.device(kMetadata, metadata, device)) return check.status();
+  if (!check.dtype(kMetadata, metadata, DType::kInt32)) return check.status();
+  if (!check.extent(kMetadata, metadata, 1, kPlanRowInts, "")) return check.status();
+  if (metadata.shape[0] < 1) {
+    check.invalid("plan.metadata.shape[0] (num_parts) = 0, wanted 1 or more");
+    return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kMetadata, metadata));
+  if (metadata.shape[0] > 1 && metadata.stride[0] != kPlanRowInts) {
+    check.invalid("plan.metadata.stride[0] (num_parts) = %lld, wanted %d (contiguous)",
+                  static_cast<long long>(metadata.stride[0]), kPlanRowInts);
+    return check.status();
+  }
+  if (!check.data(kMetadata, metadata)) return check.status();
   plan_params->metadata = static_cast<std::int32_t*>(metadata.data);
   plan_params->num_parts = static_cast<std::int32_t>(metadata.shape[0]);
   if (!num_splits.defined() && num_splits_optional) return {};
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kNumSplits, num_splits));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kNumSplits, num_splits, device));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kNumSplits, num_splits, DType::kInt32));
-  FLASH_MLA_RETURN_IF_ERROR(
-      check.extent(kNumSplits, num_splits, 0, std::int64_t{params.b} + 1, ""));
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kNumSplits, num_splits));
+  if (!check.form(kNumSplits, num_splits)) return check.status();
+  if (!check.device(kNumSplits, num_splits, device)) return check.status();
+  if (!check.dtype(kNumSplits, num_splits, DType::kInt32)) return check.status();
+  if (!check.extent(kNumSplits, num_splits, 0, std::int64_t{params.b} + 1, "")) {
+    return check.status();
+  }
+  if (!check.data(kNumSplits, num_splits)) return check.status();
   plan_params->num_splits = static_cast<std::int32_t*>(num_splits.data);
   return {};
 }
 
 Status check_workspace(const char* function, const Workspace& workspace, std::size_t counters_size,
                        std::size_t partials_size) noexcept {
-  const Checker check(function);
+  Checker check(function);
   const struct {
     const char* name;
     const void* data;
@@ -480,58 +494,60 @@ Status check_workspace(const char* function, const Workspace& workspace, std::si
                {"partials", workspace.partials, workspace.partials_size, partials_size}};
   for (const auto& area : areas) {
     if (area.size < area.wanted) {
-      return check.invalid("workspace.%s_size = %zu, wanted %zu or more (see workspace_size)",
-                           area.name, area.size, area.wanted);
+      check.invalid("workspace.%s_size = %zu, wanted %zu or more (see workspace_size)", area.name,
+                    area.size, area.wanted);
+      return check.status();
     }
     if (area.data == nullptr && area.size > 0) {
-      return check.invalid("workspace.%s = null, wanted a pointer to %zu bytes", area.name,
-                           area.size);
+      check.invalid("workspace.%s = null, wanted a pointer to %zu bytes", area.name, area.size);
+      return check.status();
     }
     if (reinterpret_cast<std::uintptr_t>(area.data) % kWorkspaceAlignment != 0) {
-      return check.invalid("workspace.%s = %p, wanted a multiple of %d bytes", area.name, area.data,
-                           kWorkspaceAlignment);
+      check.invalid("workspace.%s = %p, wanted a multiple of %d bytes", area.name, area.data,
+                    kWorkspaceAlignment);
+      return check.status();
     }
   }
   return {};
 }
 
 Status check_append_kv(const AppendKvArgs& args, AppendKvParams* params) noexcept {
-  const Checker check("append_kv");
+  Checker check("append_kv");
   const TensorView &kv_c = args.kv_c, &k_pe = args.k_pe, &kv = args.kv_cache;
   const TensorView& slots = args.slot_mapping;
   const Device device = kv_c.device;
 
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kKvC, kv_c));
-  FLASH_MLA_RETURN_IF_ERROR(check_device("append_kv", "kv_c", device));
-  FLASH_MLA_RETURN_IF_ERROR(check.float_dtype(kKvC, kv_c));
-  FLASH_MLA_RETURN_IF_ERROR(check.fp32_is_cpu_only(kKvC, kv_c));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kKvC, kv_c, 1, kLatentDim, ""));
+  if (!check.form(kKvC, kv_c)) return check.status();
+  if (!check.device_exists("kv_c", device)) return check.status();
+  if (!check.float_dtype(kKvC, kv_c)) return check.status();
+  if (!check.fp32_is_cpu_only(kKvC, kv_c)) return check.status();
+  if (!check.extent(kKvC, kv_c, 1, kLatentDim, "")) return check.status();
 
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kKPe, k_pe));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kKPe, k_pe, device, " as kv_c"));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kKPe, k_pe, kv_c.dtype, " as kv_c"));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kKPe, k_pe, 0, kv_c.shape[0], " as kv_c"));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kKPe, k_pe, 1, kRopeDim, ""));
+  if (!check.form(kKPe, k_pe)) return check.status();
+  if (!check.device(kKPe, k_pe, device, " as kv_c")) return check.status();
+  if (!check.dtype(kKPe, k_pe, kv_c.dtype, " as kv_c")) return check.status();
+  if (!check.extent(kKPe, k_pe, 0, kv_c.shape[0], " as kv_c")) return check.status();
+  if (!check.extent(kKPe, k_pe, 1, kRopeDim, "")) return check.status();
 
   const Layout& kv_layout = kv.rank == 3 ? kKvCacheNoHead : kKvCache;
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kv_layout, kv));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kv_layout, kv, device, " as kv_c"));
-  FLASH_MLA_RETURN_IF_ERROR(check.float_dtype(kv_layout, kv));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kv_layout, kv, kv_c.dtype, " as kv_c"));
-  FLASH_MLA_RETURN_IF_ERROR(check.page_size(kv_layout, kv));
-  if (kv.rank == 4) FLASH_MLA_RETURN_IF_ERROR(check.extent(kv_layout, kv, 2, 1, ""));
-  FLASH_MLA_RETURN_IF_ERROR(check.head_dim(kv_layout, kv, kv.rank - 1, kHeadDimQk));
-  FLASH_MLA_RETURN_IF_ERROR(check.no_overlap(kv_layout, kv));
+  if (!check.form(kv_layout, kv)) return check.status();
+  if (!check.device(kv_layout, kv, device, " as kv_c")) return check.status();
+  if (!check.float_dtype(kv_layout, kv)) return check.status();
+  if (!check.dtype(kv_layout, kv, kv_c.dtype, " as kv_c")) return check.status();
+  if (!check.page_size(kv_layout, kv)) return check.status();
+  if (kv.rank == 4 && !check.extent(kv_layout, kv, 2, 1, "")) return check.status();
+  if (!check.head_dim(kv_layout, kv, kv.rank - 1, kHeadDimQk)) return check.status();
+  if (!check.no_overlap(kv_layout, kv)) return check.status();
 
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kSlotMapping, slots));
-  FLASH_MLA_RETURN_IF_ERROR(check.device(kSlotMapping, slots, device, " as kv_c"));
-  FLASH_MLA_RETURN_IF_ERROR(check.dtype(kSlotMapping, slots, DType::kInt64));
-  FLASH_MLA_RETURN_IF_ERROR(check.extent(kSlotMapping, slots, 0, kv_c.shape[0], " as kv_c"));
+  if (!check.form(kSlotMapping, slots)) return check.status();
+  if (!check.device(kSlotMapping, slots, device, " as kv_c")) return check.status();
+  if (!check.dtype(kSlotMapping, slots, DType::kInt64)) return check.status();
+  if (!check.extent(kSlotMapping, slots, 0, kv_c.shape[0], " as kv_c")) return check.status();
 
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kKvC, kv_c));
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kKPe, k_pe));
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kv_layout, kv));
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kSlotMapping, slots));
+  if (!check.data(kKvC, kv_c)) return check.status();
+  if (!check.data(kKPe, k_pe)) return check.status();
+  if (!check.data(kv_layout, kv)) return check.status();
+  if (!check.data(kSlotMapping, slots)) return check.status();
 
   params->dtype = kv_c.dtype;
   params->t = kv_c.shape[0];
@@ -552,64 +568,65 @@ Status check_merge_states(const MergeStatesArgs& args, MergeStatesParams* params
   static_assert(kMaxMergeParts == kMergePartsLimit);
   constexpr int kMaxDim = 1024;
   constexpr int kDimStep = 8;
-  const Checker check("merge_states");
+  Checker check("merge_states");
   const TensorView &out = args.out, &lse = args.lse;
   const Device device = out.device;
 
   if (args.num_parts < 1 || args.num_parts > kMaxMergeParts) {
-    return check.invalid("num_parts = %d, wanted 1 .. %d", args.num_parts, kMaxMergeParts);
+    check.invalid("num_parts = %d, wanted 1 .. %d", args.num_parts, kMaxMergeParts);
+    return check.status();
   }
   if (args.outs == nullptr || args.lses == nullptr) {
-    return check.invalid("%s = null, wanted num_parts = %d tensors",
-                         args.outs == nullptr ? "outs" : "lses", args.num_parts);
+    check.invalid("%s = null, wanted num_parts = %d tensors",
+                  args.outs == nullptr ? "outs" : "lses", args.num_parts);
+    return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.form(kOut, out));
-  FLASH_MLA_RETURN_IF_ERROR(check_device("merge_states", "out", device));
-  FLASH_MLA_RETURN_IF_ERROR(check.float_dtype(kOut, out));
-  FLASH_MLA_RETURN_IF_ERROR(check.row_count(kOut, out.shape[0], out.shape[1], out.shape[2]));
+  if (!check.form(kOut, out)) return check.status();
+  if (!check.device_exists("out", device)) return check.status();
+  if (!check.float_dtype(kOut, out)) return check.status();
+  if (!check.row_count(kOut, out.shape[0], out.shape[1], out.shape[2])) return check.status();
   const std::int64_t d = out.shape[3];
   if (d < kDimStep || d > kMaxDim || d % kDimStep != 0) {
-    return check.invalid("out.shape[3] (d_v) = %lld, wanted a multiple of %d up to %d",
-                         static_cast<long long>(d), kDimStep, kMaxDim);
+    check.invalid("out.shape[3] (d_v) = %lld, wanted a multiple of %d up to %d",
+                  static_cast<long long>(d), kDimStep, kMaxDim);
+    return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.no_overlap(kOut, out));
-  FLASH_MLA_RETURN_IF_ERROR(check.data(kOut, out));
+  if (!check.no_overlap(kOut, out)) return check.status();
+  if (!check.data(kOut, out)) return check.status();
 
   // The shape of every lse: [b, h_q, s_q] of out.
-  const auto check_lse = [&](const Layout& layout, const TensorView& view) -> Status {
-    FLASH_MLA_RETURN_IF_ERROR(check.form(layout, view, false));
-    FLASH_MLA_RETURN_IF_ERROR(check.device(layout, view, device, " as out"));
-    FLASH_MLA_RETURN_IF_ERROR(check.dtype(layout, view, DType::kFp32));
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(layout, view, 0, out.shape[0], " as out"));
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(layout, view, 1, out.shape[2], " as out"));
-    FLASH_MLA_RETURN_IF_ERROR(check.extent(layout, view, 2, out.shape[1], " as out"));
-    return check.data(layout, view);
+  const auto check_lse = [&](const Layout& layout, const TensorView& view) {
+    return check.form(layout, view, false) && check.device(layout, view, device, " as out") &&
+           check.dtype(layout, view, DType::kFp32) &&
+           check.extent(layout, view, 0, out.shape[0], " as out") &&
+           check.extent(layout, view, 1, out.shape[2], " as out") &&
+           check.extent(layout, view, 2, out.shape[1], " as out") && check.data(layout, view);
   };
-  FLASH_MLA_RETURN_IF_ERROR(check_lse(kLse, lse));
-  FLASH_MLA_RETURN_IF_ERROR(check.no_overlap(kLse, lse));
+  if (!check_lse(kLse, lse)) return check.status();
+  if (!check.no_overlap(kLse, lse)) return check.status();
 
   for (int part = 0; part < args.num_parts; ++part) {
-    char name[16];
+    char name[24];
     Layout layout = kOut;
     layout.tensor = name;
     const TensorView& part_out = args.outs[part];
     std::snprintf(name, sizeof(name), "outs[%d]", part);
-    FLASH_MLA_RETURN_IF_ERROR(check.form(layout, part_out));
-    FLASH_MLA_RETURN_IF_ERROR(check.device(layout, part_out, device, " as out"));
-    FLASH_MLA_RETURN_IF_ERROR(check.float_dtype(layout, part_out));
+    if (!check.form(layout, part_out)) return check.status();
+    if (!check.device(layout, part_out, device, " as out")) return check.status();
+    if (!check.float_dtype(layout, part_out)) return check.status();
     if (part > 0) {
-      FLASH_MLA_RETURN_IF_ERROR(check.dtype(layout, part_out, args.outs[0].dtype, " as outs[0]"));
+      if (!check.dtype(layout, part_out, args.outs[0].dtype, " as outs[0]")) return check.status();
     }
     for (int axis = 0; axis < 4; ++axis) {
-      FLASH_MLA_RETURN_IF_ERROR(check.extent(layout, part_out, axis, out.shape[axis], " as out"));
+      if (!check.extent(layout, part_out, axis, out.shape[axis], " as out")) return check.status();
     }
-    FLASH_MLA_RETURN_IF_ERROR(check.data(layout, part_out));
+    if (!check.data(layout, part_out)) return check.status();
 
     const TensorView& part_lse = args.lses[part];
     layout = kLse;
     layout.tensor = name;
     std::snprintf(name, sizeof(name), "lses[%d]", part);
-    FLASH_MLA_RETURN_IF_ERROR(check_lse(layout, part_lse));
+    if (!check_lse(layout, part_lse)) return check.status();
 
     params->parts[part] = {part_out.data,      static_cast<const float*>(part_lse.data),
                            part_out.stride[0], part_out.stride[1],
@@ -617,10 +634,11 @@ Status check_merge_states(const MergeStatesArgs& args, MergeStatesParams* params
                            part_lse.stride[1], part_lse.stride[2]};
   }
   if (out.dtype != args.outs[0].dtype && out.dtype != DType::kFp32) {
-    return check.error(StatusCode::kInvalidType, "out.dtype = %s, wanted %s as outs[0], or fp32",
-                       dtype_name(out.dtype), dtype_name(args.outs[0].dtype));
+    check.error(StatusCode::kInvalidType, "out.dtype = %s, wanted %s as outs[0], or fp32",
+                dtype_name(out.dtype), dtype_name(args.outs[0].dtype));
+    return check.status();
   }
-  FLASH_MLA_RETURN_IF_ERROR(check.empty_lse(args.empty_lse, &params->empty_lse));
+  if (!check.empty_lse(args.empty_lse, &params->empty_lse)) return check.status();
 
   params->dtype = args.outs[0].dtype;
   params->out_dtype = out.dtype;
