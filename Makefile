@@ -38,12 +38,12 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
 
 $(VENV)/.ready: tools/requirements.txt tools/make_venv.py
-	$(PYTHON) tools/make_venv.py $(VENV)
-	touch $@
+	@$(PYTHON) tools/make_venv.py $(VENV)
+	@touch $@ $(LINT_READY)
 
 $(VENV)/.lint-ready: tools/requirements.txt tools/make_venv.py
-	$(PYTHON) tools/make_venv.py $(VENV) --lint
-	touch $@
+	@$(PYTHON) tools/make_venv.py $(VENV) --lint
+	@touch $@
 
 # One CMake tree serves the library, the C++ tests and the Python extension, so that every file is compiled once. A tree that was carried
 # here from another folder is configured afresh. The log keeps what ptxas said (tools/check_spills.py). The stamp says which sources were
