@@ -1,6 +1,8 @@
-"""Correctness and speed of decoding in one table: `python tests/test_flash_mla.py`, as the 2025 documents have it.
+"""Correctness and speed of decoding in one table: `python tests/test_flash_mla.py`, as the 2025
+documents have it.
 
-Runs on a Hopper GPU when there is one, else a small part of it on the CPU. --quick leaves the timing out.
+Runs on a Hopper GPU when there is one, else a small part of it on the CPU. --quick leaves the
+timing out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """FlashMLA: fast multi-head latent attention decoding on NVIDIA Hopper GPUs and on CPUs.
 
-`get_mla_metadata` and `flash_mla_with_kvcache` decode; `append_kv_cache`, `merge_states` and `PagedKVCache` look after what is
-decoded; `info` says what this build can do on this machine. The command line is `flash-mla`.
+`get_mla_metadata` and `flash_mla_with_kvcache` decode; `append_kv_cache`, `merge_states` and
+`PagedKVCache` look after what is decoded; `info` says what this build can do on this machine. The
+command line is `flash-mla`.
 """
 
 from . import _library, _fake  # isort: skip  (the operators must exist before the modules that call them)

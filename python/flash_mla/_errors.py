@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 import torch
 
-# The operators can raise ValueError and RuntimeError alone; of the other types the text starts with the name.
+# The operators can raise ValueError and RuntimeError alone; of the other types the text starts with
+# the name.
 _TAGS = {
     "[TypeError] ": TypeError,
     "[NotImplementedError] ": NotImplementedError,
@@ -28,8 +29,9 @@ def require_tensors(function: str, **arguments: Any) -> None:
 def raise_translated(error: RuntimeError, function: str, **arguments: Any) -> NoReturn:
     """Raises the exception that `error`, from one of our operators, stands for.
 
-    An operator that was called with something else than tensors reports PyTorch's own error, which names the operator rather
-    than the caller's argument; `arguments` are the caller's tensors, looked at only then.
+    An operator that was called with something else than tensors reports PyTorch's own error, which
+    names the operator rather than the caller's argument; `arguments` are the caller's tensors,
+    looked at only then.
     """
     text = str(error)
     for tag, kind in _TAGS.items():

@@ -21,9 +21,10 @@ def conflicts() -> list[str]:
 def collect() -> dict[str, Any]:
     """Version, backends and devices.
 
-    Keys: version (str); cuda_build (toolkit of the build, 13000 for 13.0; 0 without CUDA); cpu (isa, threads); torch (its
-    version); devices (a list of dicts: index, name, capability, sms, memory in bytes, driver_version, supported, why_not);
-    conflicts (names of other distributions that own the import name).
+    Keys: version (str); cuda_build (toolkit of the build, 13000 for 13.0; 0 without CUDA); cpu
+    (isa, threads); torch (its version); devices (a list of dicts: index, name, capability, sms,
+    memory in bytes, driver_version, supported, why_not); conflicts (names of other distributions
+    that own the import name).
     """
     devices = []
     for index in range(_library.cuda_device_count()):

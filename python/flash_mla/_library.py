@@ -25,7 +25,8 @@ def _check_torch_version() -> None:
 
 
 def _find_extension() -> pathlib.Path:
-    # An editable install keeps the extension in another folder of the package's path than the sources.
+    # An editable install keeps the extension in another folder of the package's path than the
+    # sources.
     import flash_mla
 
     for folder in flash_mla.__path__:

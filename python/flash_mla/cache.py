@@ -24,19 +24,23 @@ def append_kv_cache(
     format: str | None = None,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Writes new tokens into a paged cache: row `slot` becomes concat(kv_c[i], k_pe[i]) for slot = slot_mapping[i].
+    """Writes new tokens into a paged cache: row `slot` becomes concat(kv_c[i], k_pe[i]) for slot =
+    slot_mapping[i].
 
     Args:
         kv_c: (t, 512) latents, bfloat16 or float16, on the CPU float32 too; last axis contiguous.
         k_pe: (t, 64) keys after RoPE, dtype of kv_c; last axis contiguous.
-        kv_cache: (num_pages, page_size, 1, 576) or (num_pages, page_size, 576), dtype of kv_c; last axis contiguous. Written.
-        slot_mapping: (t,) int64 contiguous, page * page_size + offset; a negative slot skips its token. A slot past the end is an
-            error on the CPU (nothing is written) and skipped on a GPU.
+        kv_cache: (num_pages, page_size, 1, 576) or (num_pages, page_size, 576), dtype of kv_c; last
+            axis contiguous. Written.
+        slot_mapping: (t,) int64 contiguous, page * page_size + offset; a negative slot skips its
+            token. A slot past the end is an error on the CPU (nothing is written) and skipped on a
+            GPU.
         format, scale: for fp8 caches, not supported yet.
 
     Runs in the current stream, without synchronising; may be captured in a CUDA graph.
 
-    Raises ValueError for wrong shapes, strides, devices or slots, TypeError for wrong types, NotImplementedError for fp8.
+    Raises ValueError for wrong shapes, strides, devices or slots, TypeError for wrong types,
+    NotImplementedError for fp8.
     """
     if format is not None or scale is not None:
         raise _errors.unsupported("append_kv_cache", "format" if format is not None else "scale")
@@ -81,7 +85,8 @@ class PagedKVCache:
     Attributes:
         kv_cache: (num_pages, page_size, 1, 576), uninitialised.
 
-    Bookkeeping is on the host. A method that raises has changed nothing; running out of pages raises MemoryError.
+    Bookkeeping is on the host. A method that raises has changed nothing; running out of pages
+    raises MemoryError.
     """
 
     def __init__(

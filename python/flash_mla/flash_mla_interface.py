@@ -66,41 +66,52 @@ def flash_mla_with_kvcache(
     lse: torch.Tensor | None = None,
     validate: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of s_q * h_q query rows for each request against its paged latent cache (absorbed MLA, decode).
+    """Attention of each request's s_q * h_q query rows against its paged latent cache.
 
-    out[i] = sum_j softmax_j(softmax_scale * <q[i], k[j]>) * k[j][:512] and lse[i] = ln sum_j exp(softmax_scale * <q[i], k[j]>), where
-    k[j] is the 576-wide row (512 latent, 64 RoPE) of token j. Source of the method: DeepSeek-V2, arXiv:2405.04434, section 2.1.
+        out[i] = sum_j softmax_j(softmax_scale * <q[i], k[j]>) * k[j][:512]
+        lse[i] = ln sum_j exp(softmax_scale * <q[i], k[j]>)
+
+    where k[j] is the 576-wide row (512 latent, 64 RoPE) of token j. Source of the method: the
+    absorbed form of multi-head latent attention, DeepSeek-V2, arXiv:2405.04434, section 2.1.
 
     Args:
-        q: (b, s_q, h_q, 576) bfloat16 or float16, on the CPU float32 too; last axis contiguous. On a GPU, a q whose rows do not start
-            at multiples of 16 bytes is copied first.
-        k_cache: (num_pages, page_size, h_kv, 576), dtype of q; last axis contiguous. On a GPU page_size is 64 and base and other
-            strides are multiples of 16 bytes; on the CPU page_size is 1 to 256. h_q is a multiple of h_kv.
-        block_table: (b, max_pages) int32, page numbers; entries past a request's length are never read.
+        q: (b, s_q, h_q, 576) bfloat16 or float16, on the CPU float32 too; last axis contiguous. On
+            a GPU, a q whose rows do not start at multiples of 16 bytes is copied first.
+        k_cache: (num_pages, page_size, h_kv, 576), dtype of q; last axis contiguous. On a GPU
+            page_size is 64 and base and other strides are multiples of 16 bytes; on the CPU
+            page_size is 1 to 256. h_q is a multiple of h_kv.
+        block_table: (b, max_pages) int32, page numbers; entries past a request's length are never
+            read.
         cache_seqlens: (b,) int32, tokens of each request; 0 is legal.
         head_dim_v: 512.
-        tile_scheduler_metadata: what `get_mla_metadata` returned first. A hint: a plan for other lengths never gives a wrong result.
-            One row means that no request is split. None is legal.
+        tile_scheduler_metadata: what `get_mla_metadata` returned first. A hint: a plan for other
+            lengths never gives a wrong result. One row means that no request is split. None is
+            legal.
         num_splits: what `get_mla_metadata` returned second, or None.
         softmax_scale: a finite number; 576 ** -0.5 when None.
-        causal: bottom-right aligned: query i of s_q sees keys 0 .. cache_seqlens - s_q + i, inclusive.
-        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length, extra_topk_length, descale_q,
-            descale_k, kv_format: for fp8 caches and sparse attention, not supported yet.
-        enable_batch_invariant: never split a request, so that its result does not depend on the rest of the batch.
+        causal: bottom-right aligned: query i of s_q sees keys 0 .. cache_seqlens - s_q + i,
+            inclusive.
+        is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices_in_kvcache, topk_length,
+            extra_topk_length, descale_q, descale_k, kv_format: for fp8 caches and sparse attention,
+            not supported yet.
+        enable_batch_invariant: never split a request, so that its result does not depend on the
+            rest of the batch.
         use_legacy: changes nothing.
-        out, lse: tensors to write into, with the shapes and dtypes below; the last axis of out is contiguous.
-        validate: check lengths and page numbers on the device first. Synchronises; refused under CUDA-graph capture. On the CPU they
-            are always checked.
+        out, lse: tensors to write into, with the shapes and dtypes below; the last axis of out is
+            contiguous.
+        validate: check lengths and page numbers on the device first. Synchronises; refused under
+            CUDA-graph capture. On the CPU they are always checked.
 
     Returns:
-        out (b, s_q, h_q, 512) in q's dtype, and lse (b, h_q, s_q) float32, natural logarithm. A row that sees no key gets out 0 and
-        lse +inf.
+        out (b, s_q, h_q, 512) in q's dtype, and lse (b, h_q, s_q) float32, natural logarithm. A row
+        that sees no key gets out 0 and lse +inf.
 
-    Runs in the current stream of q's device, without synchronising, and may be captured in a CUDA graph and replayed with other
-    lengths, tables and contents. CPU tensors are decoded on the CPU.
+    Runs in the current stream of q's device, without synchronising, and may be captured in a CUDA
+    graph and replayed with other lengths, tables and contents. CPU tensors are decoded on the CPU.
 
     Raises:
-        ValueError: a shape, stride, alignment, range or device is wrong. Nothing was written; this holds for all errors.
+        ValueError: a shape, stride, alignment, range or device is wrong. Nothing was written; this
+            holds for all errors.
         TypeError: an argument or a dtype has the wrong type.
         NotImplementedError: a feature that this build does not have.
         RuntimeError: no backend for the device, or CUDA failed.

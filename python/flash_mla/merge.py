@@ -17,20 +17,25 @@ _MAX_PARTS = 64  # kMaxMergeParts of the library: what one call of it takes
 def merge_states(
     outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges partial results, as if all their keys had been attended to at once (context parallel, shared prefix).
+    """Merges partial results, as if all their keys had been attended to at once (context parallel,
+    shared prefix).
 
-    lse = ln sum_p exp(lses[p]) and out = sum_p exp(lses[p] - lse) * outs[p]: the merge of Flash-Decoding.
+    lse = ln sum_p exp(lses[p]) and out = sum_p exp(lses[p] - lse) * outs[p]: the merge of
+    Flash-Decoding.
 
     Args:
-        outs: any number of tensors (..., s_q, h_q, d), all of one shape and dtype (bfloat16, float16 or float32); last axis contiguous,
-            d a multiple of 8 up to 1024.
-        lses: as many tensors (..., h_q, s_q) float32, natural logarithm, as `flash_mla_with_kvcache` returns them; +inf and -inf both
-            mean that the part saw no key, and its out is then not read into the result.
+        outs: any number of tensors (..., s_q, h_q, d), all of one shape and dtype (bfloat16,
+            float16 or float32); last axis contiguous, d a multiple of 8 up to 1024.
+        lses: as many tensors (..., h_q, s_q) float32, natural logarithm, as
+            `flash_mla_with_kvcache` returns them; +inf and -inf both mean that the part saw no key,
+            and its out is then not read into the result.
 
     Returns:
-        out (..., s_q, h_q, d) in the dtype of the parts and lse (..., h_q, s_q) float32. A row that no part saw: out 0, lse +inf.
+        out (..., s_q, h_q, d) in the dtype of the parts and lse (..., h_q, s_q) float32. A row that
+        no part saw: out 0, lse +inf.
 
-    More than 64 parts are merged in several calls with float32 in between. Runs in the current stream, without synchronising.
+    More than 64 parts are merged in several calls with float32 in between. Runs in the current
+    stream, without synchronising.
 
     Raises ValueError for wrong shapes, strides or devices, TypeError for wrong types.
     """

@@ -1,7 +1,8 @@
 """Scheduling metadata (plans), in every form in which callers of this API keep it.
 
-A plan says how a decode is cut into parts for the SMs. It is a hint: its shape is checked, its contents are never trusted, and the
-lengths are read again on the device in each call. A plan made for other lengths never gives a wrong answer.
+A plan says how a decode is cut into parts for the SMs. It is a hint: its shape is checked, its
+contents are never trusted, and the lengths are read again on the device in each call. A plan made
+for other lengths never gives a wrong answer.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ _PAGE_SIZE = 64  # of the plans made before a cache is seen; a plan does not dep
 
 @dataclasses.dataclass
 class FlashMLASchedMeta:
-    """A plan that is made during the first call that uses it; one object may serve all layers of a step.
+    """A plan that the first call with it makes; one object may serve all layers of a step.
 
-    Engines may preset the two tensors (one row in `tile_scheduler_metadata` means "do not split any request"), read them after the
-    first call, and set `have_initialized` to False to have the next call plan anew.
+    Engines may preset the two tensors (one row in `tile_scheduler_metadata` means "do not split any
+    request"), read them after the first call, and set `have_initialized` to False to have the next
+    call plan anew.
     """
 
     @dataclasses.dataclass
@@ -52,9 +54,10 @@ class FlashMLASchedMeta:
 def get_mla_metadata(
     *args: Any, **kwargs: Any
 ) -> tuple[FlashMLASchedMeta | torch.Tensor, torch.Tensor | None]:
-    """Makes the scheduling metadata for `flash_mla_with_kvcache`, in the form that the arguments ask for.
+    """Makes the metadata for `flash_mla_with_kvcache`, in the form that the arguments ask for.
 
-    Without arguments, or with cache_seqlens=None (2026): returns `(FlashMLASchedMeta(), None)`, to be filled by the first call.
+    Without arguments, or with cache_seqlens=None (2026): returns `(FlashMLASchedMeta(), None)`, to
+    be filled by the first call.
 
     With arguments (2025), by position or by name:
 
@@ -63,14 +66,16 @@ def get_mla_metadata(
         num_heads_k: h_kv.
         num_heads_q, is_fp8_kvcache, topk: for sparse attention and fp8 caches, not supported yet.
 
-    returns two int32 tensors on the device of cache_seqlens, `tile_scheduler_metadata` (num_sm_parts, 8) and `num_splits` (b + 1,).
-    num_sm_parts depends on neither b nor the lengths, is at most the number of SMs, and is 1 on the CPU; so both can be copied into
-    buffers made once for the largest batch. The first tensor carries the fields of FlashMLASchedMeta as attributes, and may be
-    passed on without num_splits.
+    returns two int32 tensors on the device of cache_seqlens, `tile_scheduler_metadata`
+    (num_sm_parts, 8) and `num_splits` (b + 1,). num_sm_parts depends on neither b nor the lengths,
+    is at most the number of SMs, and is 1 on the CPU; so both can be copied into buffers made once
+    for the largest batch. The first tensor carries the fields of FlashMLASchedMeta as attributes,
+    and may be passed on without num_splits.
 
     Runs in the current stream, without synchronising; may be captured in a CUDA graph.
 
-    Raises ValueError and TypeError for wrong arguments, NotImplementedError for those not supported yet.
+    Raises ValueError and TypeError for wrong arguments, NotImplementedError for those not supported
+    yet.
     """
     if (not args or args[0] is None) and kwargs.get("cache_seqlens") is None:
         return FlashMLASchedMeta(), None
@@ -114,8 +119,8 @@ def _plan_tensors(
     metadata, num_splits = _make_plan(function, cache_seqlens, 1, h_q, num_heads_k, _PAGE_SIZE)
     if torch.compiler.is_compiling():
         return metadata, num_splits  # Dynamo cannot trace what follows, and plain tensors are legal
-    # The object's fields, so that the tensor can be used like the object. `tile_scheduler_metadata` is an alias and not the tensor
-    # itself, which would then hold itself alive.
+    # The object's fields, so that the tensor can be used like the object. `tile_scheduler_metadata`
+    # is an alias and not the tensor itself, which would then hold itself alive.
     metadata.have_initialized = False
     metadata.config = None
     metadata.tile_scheduler_metadata = metadata._planned = metadata.detach()

@@ -1,4 +1,5 @@
-"""The calling code of serving engines, of 2025, of 2026 and of today, with its buffers and its order of calls; eager, and captured
+"""The calling code of serving engines, of 2025, of 2026 and of today, with its buffers and its
+order of calls; eager, and captured
 in CUDA graphs that are replayed with other lengths, tables and contents."""
 
 from __future__ import annotations

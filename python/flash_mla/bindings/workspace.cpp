@@ -106,7 +106,8 @@ DecodeWorkspace::DecodeWorkspace(const DecodeArgs& args, StreamHandle stream) {
   const Device device = args.q.device;
   if (device.type == DeviceType::kCpu) return;
   std::size_t counters_size = 0, partials_size = 0;
-  check(workspace_size(args, &counters_size, &partials_size));
+  // Of arguments for which there is no size, decode() says what is wrong with them.
+  if (!workspace_size(args, &counters_size, &partials_size).ok()) return;
 
   std::uint64_t capture_id = 0;
   const bool capturing = cuda::is_capturing(stream, &capture_id);
@@ -123,8 +124,7 @@ DecodeWorkspace::DecodeWorkspace(const DecodeArgs& args, StreamHandle stream) {
   }
   EagerBuffers& buffers = shared.eager[{device.index, stream}];
   if (!buffers.partials || buffers.partials_size < partials_size) {
-    buffers.partials
-        .reset();  // given back first, so that the allocator may use it for the larger one
+    buffers.partials.reset();  // first, so that the allocator may use it for the larger one
     buffers.partials = new_bytes(partials_size, device);
     buffers.partials_size = partials_size;
   }
