@@ -138,7 +138,7 @@ std::vector<DecodeCase> large_cases() {
   for (int i = 0; i < 64; ++i) {
     mixed.push_back(std::uniform_int_distribution<int>(0, 3000)(random));
   }
-  for (int i = 0; i < 1500; ++i) short_ones.push_back(i % 70);
+  for (int i = 0; i < 1200; ++i) short_ones.push_back(i % 65);
   return {{.name = "heads_128", .h_q = 128, .lengths = mixed},
           {.name = "heads_128_sq2_causal", .s_q = 2, .h_q = 128, .lengths = mixed, .causal = true},
           {.name = "heads_16_fp16", .dtype = DType::kFp16, .h_q = 16, .lengths = mixed},
