@@ -15,15 +15,11 @@ _TAGS = {
 }
 
 
-def _type_name(value: Any) -> str:
-    return type(value).__name__
-
-
 def require_tensors(function: str, **arguments: Any) -> None:
     """Raises TypeError, naming the first of `arguments` that is not a tensor."""
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{function}: {name} is {_type_name(value)}, wanted a torch.Tensor")
+            raise TypeError(f"{function}: {name} is {type(value).__name__}, wanted a torch.Tensor")
 
 
 def raise_translated(error: RuntimeError, function: str, **arguments: Any) -> NoReturn:
@@ -41,8 +37,6 @@ def raise_translated(error: RuntimeError, function: str, **arguments: Any) -> No
     raise error
 
 
-def unsupported(function: str, argument: str, hint: str = "") -> NotImplementedError:
+def unsupported(function: str, argument: str) -> NotImplementedError:
     """The error for an argument that this release accepts by name only."""
-    return NotImplementedError(
-        f"{function}: {argument} is not supported yet" + (f"; {hint}" if hint else "")
-    )
+    return NotImplementedError(f"{function}: {argument} is not supported yet")

@@ -1,4 +1,4 @@
-"""The paged latent KV cache: writing new tokens into it, and a small page allocator for callers without an engine."""
+"""The paged latent KV cache: writing new tokens, and a page allocator for callers without an engine."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def append_kv_cache(
     format: str | None = None,
     scale: torch.Tensor | None = None,
 ) -> None:
-    """Writes new tokens into a paged cache: row `slot` becomes concat(kv_c[i], k_pe[i]) for slot =
-    slot_mapping[i].
+    """Writes new tokens into a paged cache: row slot_mapping[i] becomes concat(kv_c[i], k_pe[i]).
 
     Args:
         kv_c: (t, 512) latents, bfloat16 or float16, on the CPU float32 too; last axis contiguous.
@@ -59,7 +58,7 @@ def append_kv_cache(
 
 @dataclass(frozen=True)
 class CacheUsage:
-    """How full a cache is. `page_fraction` counts pages in use; `token_fraction` tokens stored in those pages' slots."""
+    """How full a cache is: `page_fraction` of the pages is used, `token_fraction` of their slots."""
 
     num_pages: int
     used_pages: int

@@ -17,10 +17,9 @@ _MAX_PARTS = 64  # kMaxMergeParts of the library: what one call of it takes
 def merge_states(
     outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merges partial results, as if all their keys had been attended to at once (context parallel,
-    shared prefix).
+    """Merges partial results, as if all their keys had been attended to at once.
 
-    lse = ln sum_p exp(lses[p]) and out = sum_p exp(lses[p] - lse) * outs[p]: the merge of
+    For context parallelism and shared prefixes. lse = ln sum_p exp(lses[p]) and out = sum_p exp(lses[p] - lse) * outs[p]: the merge of
     Flash-Decoding.
 
     Args:

@@ -12,9 +12,10 @@ def _cuda_obstacle() -> str:
     """Why the GPU tests cannot run; empty when they can."""
     if not flash_mla.info()["cuda_build"]:
         return "this build has no CUDA"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no GPU"
-    device = flash_mla.info()["devices"][0]
+    devices = flash_mla.info()["devices"]
+    if not devices or not torch.cuda.is_available():
+        return "there is no GPU"
+    device = devices[0]
     return "" if device["supported"] else device["why_not"]
 
 
