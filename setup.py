@@ -21,7 +21,8 @@ def main() -> int:
         )
         return 2
     folder = str(pathlib.Path(__file__).resolve().parent)
-    # What the build needs is taken from this environment where it is there: isolation downloads PyTorch once more.
+    # What the build needs is taken from this environment where it is there: isolation downloads
+    # PyTorch once more.
     here = all(importlib.util.find_spec(name) for name in ("scikit_build_core", "torch"))
     return subprocess.call(
         [sys.executable, "-m", "pip", *_PIP[command], *["--no-build-isolation"] * here, folder]
