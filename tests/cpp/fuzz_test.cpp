@@ -85,6 +85,8 @@ class Fuzzer {
     const auto axis = draw(0, std::max(0, std::min(tensor.rank, kMaxRank) - 1));
     std::int64_t& extent = tensor.shape[axis];
     std::int64_t& stride = tensor.stride[axis];
+    // Already changed by an earlier mutation: left alone, so that the sums below stay in range.
+    if (extent > 1 << 20 || stride > 1 << 20) return;
     switch (draw(0, 7)) {
       case 0:
         tensor.dtype = static_cast<std::int32_t>(draw(-1, 9));
@@ -107,7 +109,9 @@ class Fuzzer {
                                      std::numeric_limits<std::int64_t>::max()});
         break;
       case 6:
-        tensor.data = chance(50) ? nullptr : static_cast<std::byte*>(tensor.data) + draw(1, 4);
+        tensor.data = chance(50) || tensor.data == nullptr
+                          ? nullptr
+                          : static_cast<std::byte*>(tensor.data) + draw(1, 4);
         break;
       default:
         if (chance(30)) tensor = {};
@@ -151,7 +155,7 @@ Verdict judge(const Arena& arena, int rank) {
   if (empty) return Verdict::kInside;
   if (tensor.data == nullptr) return Verdict::kMustFail;
   const std::int64_t offset = static_cast<std::byte*>(tensor.data) - arena.bytes.data();
-  return offset + (reach + 1) * size <= static_cast<__int128>(arena.bytes.size())
+  return offset >= 0 && offset + (reach + 1) * size <= static_cast<__int128>(arena.bytes.size())
              ? Verdict::kInside
              : Verdict::kOutside;
 }
