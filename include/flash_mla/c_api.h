@@ -1,7 +1,8 @@
 /* The C ABI: what the C++ API does, for other languages. Plain structs, no C++ in it.
  *
- * Every struct that may grow starts with its size: set `struct_size = sizeof(the struct)`, zero the rest, then fill in. Enumerations are
- * int32_t with the values of status.h, tensor.h and decode.h. Semantics, shapes and errors: decode.h, cache.h, merge.h, backend.h.
+ * Every struct that may grow starts with its size: set `struct_size = sizeof(the struct)`, zero the
+ * rest, then fill in. Enumerations are int32_t with the values of status.h, tensor.h and decode.h.
+ * Semantics, shapes and errors: decode.h, cache.h, merge.h, backend.h.
  */
 #ifndef FLASH_MLA_C_API_H_
 #define FLASH_MLA_C_API_H_
@@ -13,10 +14,25 @@
 extern "C" {
 #endif
 
-enum { FLASH_MLA_OK = 0, FLASH_MLA_INVALID_ARGUMENT = 1, FLASH_MLA_INVALID_TYPE = 2, FLASH_MLA_UNSUPPORTED = 3,
-       FLASH_MLA_UNAVAILABLE = 4, FLASH_MLA_CUDA_ERROR = 5, FLASH_MLA_INTERNAL = 6 };
-enum { FLASH_MLA_UNDEFINED = 0, FLASH_MLA_BF16 = 1, FLASH_MLA_FP16 = 2, FLASH_MLA_FP32 = 3, FLASH_MLA_INT32 = 4, FLASH_MLA_INT64 = 5,
-       FLASH_MLA_FP8_E4M3 = 6, FLASH_MLA_UINT8 = 7 };
+enum {
+  FLASH_MLA_OK = 0,
+  FLASH_MLA_INVALID_ARGUMENT = 1,
+  FLASH_MLA_INVALID_TYPE = 2,
+  FLASH_MLA_UNSUPPORTED = 3,
+  FLASH_MLA_UNAVAILABLE = 4,
+  FLASH_MLA_CUDA_ERROR = 5,
+  FLASH_MLA_INTERNAL = 6
+};
+enum {
+  FLASH_MLA_UNDEFINED = 0,
+  FLASH_MLA_BF16 = 1,
+  FLASH_MLA_FP16 = 2,
+  FLASH_MLA_FP32 = 3,
+  FLASH_MLA_INT32 = 4,
+  FLASH_MLA_INT64 = 5,
+  FLASH_MLA_FP8_E4M3 = 6,
+  FLASH_MLA_UINT8 = 7
+};
 enum { FLASH_MLA_CPU = 0, FLASH_MLA_CUDA = 1 };
 
 #define FLASH_MLA_MAX_RANK 6
@@ -82,14 +98,18 @@ int32_t flash_mla_built_with_cuda(void);
 int32_t flash_mla_cuda_device_count(void);
 
 flash_mla_status flash_mla_plan_size(const flash_mla_decode_args* args, int32_t* num_parts);
-flash_mla_status flash_mla_workspace_size(const flash_mla_decode_args* args, size_t* counters_size, size_t* partials_size);
-flash_mla_status flash_mla_init_workspace(const flash_mla_workspace* workspace, int32_t device_type, int32_t device_index, void* stream);
-flash_mla_status flash_mla_plan_decode(const flash_mla_decode_args* args, const flash_mla_plan* plan, void* stream);
+flash_mla_status flash_mla_workspace_size(const flash_mla_decode_args* args, size_t* counters_size,
+                                          size_t* partials_size);
+flash_mla_status flash_mla_init_workspace(const flash_mla_workspace* workspace, int32_t device_type,
+                                          int32_t device_index, void* stream);
+flash_mla_status flash_mla_plan_decode(const flash_mla_decode_args* args,
+                                       const flash_mla_plan* plan, void* stream);
 /* plan may be null; workspace may be null on the CPU. */
-flash_mla_status flash_mla_decode(const flash_mla_decode_args* args, const flash_mla_plan* plan, const flash_mla_workspace* workspace,
-                                  void* stream);
+flash_mla_status flash_mla_decode(const flash_mla_decode_args* args, const flash_mla_plan* plan,
+                                  const flash_mla_workspace* workspace, void* stream);
 flash_mla_status flash_mla_is_supported(const flash_mla_decode_args* args);
-flash_mla_status flash_mla_describe_decode(const flash_mla_decode_args* args, char* text, size_t size);
+flash_mla_status flash_mla_describe_decode(const flash_mla_decode_args* args, char* text,
+                                           size_t size);
 flash_mla_status flash_mla_append_kv(const flash_mla_append_kv_args* args, void* stream);
 flash_mla_status flash_mla_merge_states(const flash_mla_merge_states_args* args, void* stream);
 

@@ -1,4 +1,5 @@
-// Merging partial attention results of the same queries over disjoint sets of keys (context parallel, shared prefix).
+// Merging partial attention results of the same queries over disjoint sets of keys (context
+// parallel, shared prefix).
 #pragma once
 
 #include <cstdint>
@@ -7,15 +8,19 @@
 
 namespace flash_mla {
 
-// Parts that one call merges at most. More are merged in several calls; keep the intermediate `out` in fp32 then.
+// Parts that one call merges at most. More are merged in several calls; keep the intermediate `out`
+// in fp32 then.
 inline constexpr int kMaxMergeParts = 64;
 
-// lse = ln sum_p exp(lses[p]),  out = sum_p exp(lses[p] - lse) * outs[p]   (Flash-Decoding's merge).
+// lse = ln sum_p exp(lses[p]),  out = sum_p exp(lses[p] - lse) * outs[p]   (Flash-Decoding's
+// merge).
 //
-// Shapes as decode writes them: each outs[p] and out is [b, s_q, h_q, d] with the last axis contiguous and any d that is a multiple of 8
-// up to 1024, each lses[p] and lse is [b, h_q, s_q] fp32 with any strides. outs are all of one dtype (bf16, fp16 or fp32); out has the
-// same dtype or fp32. A part whose lse is +inf or -inf saw no key: its out is not read into the result. A row that no
-// part saw gets out 0 and lse as `empty_lse` says. out may be one of outs and lse one of lses.
+// Shapes as decode writes them: each outs[p] and out is [b, s_q, h_q, d] with the last axis
+// contiguous and any d that is a multiple of 8 up to 1024, each lses[p] and lse is [b, h_q, s_q]
+// fp32 with any strides. outs are all of one dtype (bf16, fp16 or fp32); out has the same dtype or
+// fp32. A part whose lse is +inf or -inf saw no key: its out is not read into the result. A row
+// that no part saw gets out 0 and lse as `empty_lse` says. out may be one of outs and lse one of
+// lses.
 struct MergeStatesArgs {
   const TensorView* outs = nullptr;  // num_parts views, in host memory
   const TensorView* lses = nullptr;  // num_parts views, in host memory

@@ -8,12 +8,15 @@ namespace flash_mla {
 // The values are part of the C ABI (c_api.h) and never change.
 enum class StatusCode : std::int32_t {
   kOk = 0,
-  kInvalidArgument = 1,  // a shape, stride, alignment, range, device or size is wrong (Python: ValueError)
-  kInvalidType = 2,      // a dtype is not one the function takes (Python: TypeError)
-  kUnsupported = 3,      // well formed, but not available in this build yet (Python: NotImplementedError)
-  kUnavailable = 4,      // no backend can run it here: no CUDA in the build, not a Hopper GPU (Python: RuntimeError)
-  kCudaError = 5,        // the CUDA runtime or driver reported an error (Python: RuntimeError)
-  kInternal = 6,         // a defect of this library; please report it (Python: RuntimeError)
+  kInvalidArgument =
+      1,  // a shape, stride, alignment, range, device or size is wrong (Python: ValueError)
+  kInvalidType = 2,  // a dtype is not one the function takes (Python: TypeError)
+  kUnsupported =
+      3,  // well formed, but not available in this build yet (Python: NotImplementedError)
+  kUnavailable = 4,  // no backend can run it here: no CUDA in the build, not a Hopper GPU (Python:
+                     // RuntimeError)
+  kCudaError = 5,    // the CUDA runtime or driver reported an error (Python: RuntimeError)
+  kInternal = 6,     // a defect of this library; please report it (Python: RuntimeError)
 };
 
 // Name of a code: "kInvalidArgument". Never null.
@@ -28,7 +31,8 @@ class [[nodiscard]] Status {
   constexpr Status() noexcept = default;
 
   // An error. printf-style; the text is truncated to kMaxMessage - 1 bytes. `code` must not be kOk.
-  [[gnu::format(printf, 2, 3)]] static Status error(StatusCode code, const char* format, ...) noexcept;
+  [[gnu::format(printf, 2, 3)]] static Status error(StatusCode code, const char* format,
+                                                    ...) noexcept;
 
   [[nodiscard]] constexpr bool ok() const noexcept { return code_ == StatusCode::kOk; }
   [[nodiscard]] constexpr StatusCode code() const noexcept { return code_; }
@@ -42,7 +46,7 @@ class [[nodiscard]] Status {
 }  // namespace flash_mla
 
 // Returns from the enclosing function when `expression` is not ok.
-#define FLASH_MLA_RETURN_IF_ERROR(expression)                                        \
-  do {                                                                               \
-    if (::flash_mla::Status status_ = (expression); !status_.ok()) return status_;   \
+#define FLASH_MLA_RETURN_IF_ERROR(expression)                                      \
+  do {                                                                             \
+    if (::flash_mla::Status status_ = (expression); !status_.ok()) return status_; \
   } while (false)

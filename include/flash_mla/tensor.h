@@ -1,4 +1,5 @@
-// TensorView: a borrowed, strided tensor. The library never owns, copies or frees what it points to.
+// TensorView: a borrowed, strided tensor. The library never owns, copies or frees what it points
+// to.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,8 @@ struct Device {
 
 inline constexpr int kMaxRank = 6;
 
-// A view of `rank` axes. `stride` is in elements, not bytes; `data` may be null where a tensor is optional
-// (then `dtype` is kUndefined) or where it has no element.
+// A view of `rank` axes. `stride` is in elements, not bytes; `data` may be null where a tensor is
+// optional (then `dtype` is kUndefined) or where it has no element.
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::kUndefined;
@@ -46,10 +47,10 @@ struct TensorView {
 // "bf16", "fp16", "fp32", "int32", "int64", "fp8_e4m3", "uint8"; "undefined" otherwise. Never null.
 [[nodiscard]] const char* dtype_name(DType dtype) noexcept;
 
-// Row-major contiguous view. `shape` has at most kMaxRank axes; further ones are ignored, and the rank, which then
-// exceeds kMaxRank, is refused by every function.
-[[nodiscard]] constexpr TensorView contiguous_view(void* data, DType dtype, Device device,
-                                                   std::initializer_list<std::int64_t> shape) noexcept {
+// Row-major contiguous view. `shape` has at most kMaxRank axes; further ones are ignored, and the
+// rank, which then exceeds kMaxRank, is refused by every function.
+[[nodiscard]] constexpr TensorView contiguous_view(
+    void* data, DType dtype, Device device, std::initializer_list<std::int64_t> shape) noexcept {
   TensorView view;
   view.data = data;
   view.dtype = dtype;

@@ -1,5 +1,5 @@
-// What the backends receive: validated, flat parameter structs. Filled by src/api, read by src/cpu and src/cuda.
-// Every stride is in elements and named tensor, then axis.
+// What the backends receive: validated, flat parameter structs. Filled by src/api, read by src/cpu
+// and src/cuda. Every stride is in elements and named tensor, then axis.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@ struct DecodeParams {
   DType dtype = DType::kUndefined;  // of q, kv_cache and out
   std::int32_t b = 0, s_q = 0, h_q = 0, h_kv = 0;
   std::int32_t num_pages = 0, page_size = 0;
-  std::int32_t max_pages = 0;  // columns of block_table; lengths are clamped to max_pages * page_size
+  std::int32_t max_pages =
+      0;  // columns of block_table; lengths are clamped to max_pages * page_size
   float softmax_scale = 0.f;
   float empty_lse = 0.f;  // +inf or -inf
   bool causal = false;
@@ -20,7 +21,8 @@ struct DecodeParams {
 
   const void* q = nullptr;  // [b, s_q, h_q, 576]
   std::int64_t stride_q_b = 0, stride_q_s = 0, stride_q_h = 0;
-  const void* kv_cache = nullptr;  // [num_pages, page_size, h_kv, 576]; may be null when num_pages is 0
+  const void* kv_cache =
+      nullptr;  // [num_pages, page_size, h_kv, 576]; may be null when num_pages is 0
   std::int64_t stride_kv_page = 0, stride_kv_row = 0, stride_kv_head = 0;
   const std::int32_t* block_table = nullptr;  // [b, max_pages]
   std::int64_t stride_block_table_b = 0;

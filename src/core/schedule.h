@@ -1,10 +1,13 @@
-// The planner: how a decode is cut into parts of equal cost. Pure arithmetic, the same on the host and on a GPU.
+// The planner: how a decode is cut into parts of equal cost. Pure arithmetic, the same on the host
+// and on a GPU.
 //
-// The query rows of one (request, kv head) are cut into row groups (of 64 rows, or of 128 for a pair of CTAs). `team` groups work side by
-// side on the same pages, so that the second reader of a page finds it in L2; team groups of one (request, kv head) make one
-// *item*. Items stand in a row: request, then kv head, then chunk of groups. Each costs `overhead` plus its blocks (64 tokens),
-// and the row is cut into `num_parts` ranges of `payload` cost each. Because the cut is a closed form of the item's start and length, every
-// CTA finds its own range, and who shares an item with it, without talking to anybody.
+// The query rows of one (request, kv head) are cut into row groups (of 64 rows, or of 128 for a
+// pair of CTAs). `team` groups work side by side on the same pages, so that the second reader of a
+// page finds it in L2; team groups of one (request, kv head) make one *item*. Items stand in a row:
+// request, then kv head, then chunk of groups. Each costs `overhead` plus its blocks (64 tokens),
+// and the row is cut into `num_parts` ranges of `payload` cost each. Because the cut is a closed
+// form of the item's start and length, every CTA finds its own range, and who shares an item with
+// it, without talking to anybody.
 //
 // Cuts inside an item fall on even blocks (the kernel works on two pages at a time).
 #pragma once
@@ -20,6 +23,8 @@
 namespace flash_mla {
 
 inline constexpr int kBlockTokens = 64;
+// The cost of all items together must stay below this: the arithmetic is in 32 bits.
+inline constexpr std::int64_t kMostScheduleCost = 1 << 30;
 
 // How a shape maps on the card: depends on shapes and the device only, never on lengths.
 struct ScheduleShape {
@@ -46,7 +51,8 @@ FLASH_MLA_HOST_DEVICE T ceil_div(T x, T y) {
   return x > 0 ? (x + y - 1) / y : x / y;
 }
 
-// Blocks of a request. An empty one counts as one block, so that exactly one part writes its (empty) result.
+// Blocks of a request. An empty one counts as one block, so that exactly one part writes its
+// (empty) result.
 FLASH_MLA_HOST_DEVICE std::int32_t schedule_blocks(std::int32_t seqlen) {
   return seqlen <= 0 ? 1 : (seqlen + kBlockTokens - 1) / kBlockTokens;
 }
@@ -55,37 +61,45 @@ struct Schedule {
   ScheduleShape shape;
   std::int32_t payload = 1;  // cost of one part
 
-  // `total_cost` is the sum of item_cost() over all items, the first one's overhead included. It must be below 2^31 (what
-  // shapes allow is checked before).
-  FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int64_t total_cost) : shape(shape_in) {
+  // `total_cost` is the sum of item_cost() over all items, the first one's overhead included; below
+  // kMostScheduleCost.
+  FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int64_t total_cost)
+      : shape(shape_in) {
     payload = ceil_div(static_cast<std::int32_t>(total_cost) - shape.overhead, shape.num_parts);
     if (payload < shape.min_blocks) payload = shape.min_blocks;
   }
 
   // The schedule whose payload is known already.
-  FLASH_MLA_HOST_DEVICE static Schedule with_payload(const ScheduleShape& shape, std::int32_t payload) {
+  FLASH_MLA_HOST_DEVICE static Schedule with_payload(const ScheduleShape& shape,
+                                                     std::int32_t payload) {
     Schedule schedule(shape);
     schedule.payload = payload;
     return schedule;
   }
 
-  FLASH_MLA_HOST_DEVICE static std::int64_t request_cost(const ScheduleShape& shape, std::int32_t blocks) {
+  FLASH_MLA_HOST_DEVICE static std::int64_t request_cost(const ScheduleShape& shape,
+                                                         std::int32_t blocks) {
     return static_cast<std::int64_t>(shape.items_per_request) * (shape.overhead + blocks);
   }
-  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t item_cost(std::int32_t blocks) const { return shape.overhead + blocks; }
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t item_cost(std::int32_t blocks) const {
+    return shape.overhead + blocks;
+  }
 
-  // Where a part begins in the row of items. Every part has an overhead of its own when it begins inside an item; that of the
-  // first item is left out, so that a single long item is cut evenly.
+  // Where a part begins in the row of items. Every part has an overhead of its own when it begins
+  // inside an item; that of the first item is left out, so that a single long item is cut evenly.
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int64_t part_begin(std::int32_t part) const {
     return static_cast<std::int64_t>(part) * payload + shape.overhead;
   }
 
-  // What part `part` does of the item that starts at cost `start` and has `blocks` blocks; may be empty.
-  [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece(std::int64_t start, std::int32_t blocks, std::int32_t part) const {
+  // What part `part` does of the item that starts at cost `start` and has `blocks` blocks; may be
+  // empty.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece(std::int64_t start, std::int32_t blocks,
+                                                  std::int32_t part) const {
     return piece_from(static_cast<std::int32_t>(start - part_begin(part)), blocks, part);
   }
   // The same for an item that starts `relative` after the part's begin, or before it when negative.
-  [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece_from(std::int32_t relative, std::int32_t blocks, std::int32_t part) const {
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece_from(std::int32_t relative, std::int32_t blocks,
+                                                       std::int32_t part) const {
     Piece piece;
     piece.begin = part == 0 ? 0 : blocks_before(-relative, blocks);
     piece.end = blocks_before(payload - relative, blocks);
@@ -93,7 +107,8 @@ struct Schedule {
       piece.first_part = part;  // of the one part whose piece is not empty
       return piece;
     }
-    // The first part whose end lies past the first cut, and the part whose end lies past the last block.
+    // The first part whose end lies past the first cut, and the part whose end lies past the last
+    // block.
     const std::int32_t begin = relative + shape.overhead, first_cut = blocks < 2 ? blocks : 2;
     piece.index = 1 - ceil_div(begin + first_cut, payload);
     piece.count = ceil_div(begin + blocks, payload) + piece.index;
@@ -105,7 +120,8 @@ struct Schedule {
   FLASH_MLA_HOST_DEVICE explicit Schedule(const ScheduleShape& shape_in) : shape(shape_in) {}
 
   // Blocks of an item that lie before cost `y`, counted from the item's start.
-  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t blocks_before(std::int32_t y, std::int32_t blocks) const {
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t blocks_before(std::int32_t y,
+                                                                 std::int32_t blocks) const {
     if (!shape.split) return y > 0 ? blocks : 0;
     const std::int32_t inside = y - shape.overhead;
     if (inside >= blocks) return blocks;

@@ -1,5 +1,5 @@
-// The CPU backend's entry points. Arguments are validated by src/api; what only the data says (lengths, page numbers, slots) is checked here,
-// before anything is written.
+// The CPU backend's entry points. Arguments are validated by src/api; what only the data says
+// (lengths, page numbers, slots) is checked here, before anything is written.
 #pragma once
 
 #include <cstdint>

@@ -11,9 +11,9 @@ namespace {
 // Cost of a work item besides its blocks, in blocks of 64 tokens.
 constexpr std::int32_t kItemOverhead = 4;
 
-// The team of row groups that reads every page together: the one that leaves the fewest clusters idle. A larger one wins a tie,
-// because its pages are read from memory fewer times; alone, a pair of many reads each page once per 128 rows, which
-// memory does not keep up with.
+// The team of row groups that reads every page together: the one that leaves the fewest clusters
+// idle. A larger one wins a tie, because its pages are read from memory fewer times; alone, a pair
+// of many reads each page once per 128 rows, which memory does not keep up with.
 std::int32_t choose_team(std::int32_t groups, std::int32_t clusters) {
   std::int32_t best = 1;
   double best_score = 0;
@@ -32,22 +32,27 @@ std::int32_t choose_team(std::int32_t groups, std::int32_t clusters) {
 
 }  // namespace
 
-Status decode_config(const DecodeParams& params, std::int32_t device, DecodeConfig* config) noexcept {
+Status decode_config(const DecodeParams& params, std::int32_t device,
+                     DecodeConfig* config) noexcept {
   const DeviceProperties* properties = nullptr;
   FLASH_MLA_RETURN_IF_ERROR(device_properties(device, &properties));
   if (!is_hopper(*properties)) {
-    return Status::error(StatusCode::kUnavailable,
-                         "decode: device %d has compute capability %d.%d, the CUDA backend needs 9.0 (Hopper)", device,
-                         properties->compute_capability_major, properties->compute_capability_minor);
+    return Status::error(
+        StatusCode::kUnavailable,
+        "decode: device %d has compute capability %d.%d, the CUDA backend needs 9.0 (Hopper)",
+        device, properties->compute_capability_major, properties->compute_capability_minor);
   }
   if (params.page_size != decode_dense::kPageTokens) {
-    return Status::error(StatusCode::kUnsupported,
-                         "decode: kv_cache.shape[1] (page_size) = %d, the CUDA backend supports {64}", params.page_size);
+    return Status::error(
+        StatusCode::kUnsupported,
+        "decode: kv_cache.shape[1] (page_size) = %d, the CUDA backend supports {64}",
+        params.page_size);
   }
   const std::int32_t heads_per_kv = params.h_kv > 0 ? params.h_q / params.h_kv : 0;
   const std::int32_t rows = std::max(params.s_q * heads_per_kv, 1);
   config->cluster = rows > decode_dense::kTileRows ? 2 : 1;
-  const std::int32_t clusters = std::min(properties->num_sms, decode_dense::kMaxCtas) / config->cluster;
+  const std::int32_t clusters =
+      std::min(properties->num_sms, decode_dense::kMaxCtas) / config->cluster;
   const std::int32_t groups = ceil_div(rows, decode_dense::kTileRows * config->cluster);
   ScheduleShape& schedule = config->schedule;
   schedule.team = choose_team(groups, clusters);
@@ -56,14 +61,6 @@ Status decode_config(const DecodeParams& params, std::int32_t device, DecodeConf
   schedule.items_per_request = std::max(params.h_kv, 1) * schedule.chunks;
   schedule.overhead = kItemOverhead;
   schedule.split = params.split;
-  // The schedule counts in 32 bits.
-  const double cost = static_cast<double>(params.b) * schedule.items_per_request * (kItemOverhead + params.max_pages);
-  if (cost >= 1 << 30) {
-    return Status::error(StatusCode::kInvalidArgument,
-                         "decode: b * h_kv * max_pages * (groups of query rows) = %.3g, wanted below 2^30; decode fewer "
-                         "requests at a time, or pass a block_table with fewer columns",
-                         cost);
-  }
   config->ctas = schedule.num_parts * schedule.team * config->cluster;
   config->counters_size = config->ctas * sizeof(std::uint64_t);
   config->partials_size = config->ctas * 2 * decode_dense::kPartialBytes;

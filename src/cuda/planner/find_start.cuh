@@ -42,7 +42,7 @@ struct Start {
 template <int kThreads>
 struct FindStartScratch {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
-  std::int64_t warp_cost[kThreads / 32];
+  std::uint32_t warp_units[kThreads / 32];  // costs, of one item of each request
   Start start;
 };
 
@@ -60,82 +60,71 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
                             const ScheduleShape& shape, std::int32_t part, Schedule& schedule,
                             FindStartScratch<kThreads>& scratch) {
   constexpr int kWarps = kThreads / 32;
-  constexpr int kRows = 4;  // lengths a lane holds: 32 requests side by side make a row
+  constexpr int kRows = 4;  // lengths a lane has in flight: 32 requests side by side make a row
   constexpr std::uint32_t kAllLanes = 0xffffffff;
   const std::int32_t lane = threadIdx.x % 32;
   const std::int32_t warp = threadIdx.x / 32;
   const std::int32_t warp_requests = (b + kThreads - 1) / kThreads * 32;
-  const std::int32_t warp_end = min(b, (warp + 1) * warp_requests);
+  const std::int32_t warp_begin = warp * warp_requests;
+  const std::int32_t warp_end = min(b, warp_begin + warp_requests);
 
-  // A row's costs, summed, stay below 2^31: a request has at most 2^25 blocks.
-  std::int32_t seqlens[kRows];
-  const auto load = [&](std::int32_t first) {
+  // Costs of one item of the requests; at most kMostScheduleCost all together.
+  const auto unit_cost = [&](std::int32_t seqlen) -> std::uint32_t {
+    return shape.overhead + schedule_blocks(clamp_seqlen(seqlen, max_len));
+  };
+  std::uint32_t units = 0;
+#pragma unroll 1
+  for (std::int32_t at = warp_begin + lane; at < warp_end; at += kRows * 32) {
+    std::int32_t seqlens[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const std::int32_t request = first + row * 32 + lane;
-      seqlens[row] = request < warp_end ? cache_seqlens[request] : -1;
+      if (at + row * 32 < warp_end) seqlens[row] = cache_seqlens[at + row * 32];
     }
-  };
-  const auto unit_cost = [&](std::int32_t first, int row) -> std::uint32_t {
-    if (first + row * 32 + lane >= warp_end) return 0;
-    return shape.overhead + schedule_blocks(clamp_seqlen(seqlens[row], max_len));
-  };
-  const auto row_cost = [&](std::int32_t first, int row) -> std::int64_t {
-    return static_cast<std::int64_t>(__reduce_add_sync(kAllLanes, unit_cost(first, row))) *
-           shape.items_per_request;
-  };
-
-  std::int32_t first = warp * warp_requests;
-  std::int64_t warp_cost = 0;
-  for (std::int32_t at = first; at < warp_end; at += kRows * 32) {
-    load(at);
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) warp_cost += row_cost(at, row);
+    for (int row = 0; row < kRows; ++row) {
+      if (at + row * 32 < warp_end) units += unit_cost(seqlens[row]);
+    }
   }
-  if (lane == 0) scratch.warp_cost[warp] = warp_cost;
+  units = __reduce_add_sync(kAllLanes, units);
+  if (lane == 0) scratch.warp_units[warp] = units;
   __syncthreads();
 
-  std::int64_t total = 0, before_warp = 0;
+  std::uint32_t total = 0, before = 0;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
-    if (i == warp) before_warp = total;
-    total += scratch.warp_cost[i];
+    if (i == warp) before = total;
+    total += scratch.warp_units[i];
   }
-  schedule = Schedule(shape, total);
-  const std::int64_t position = schedule.part_begin(part);
+  schedule = Schedule(shape, static_cast<std::int64_t>(total) * shape.items_per_request);
+  // In units: the request whose items hold the part's begin.
+  const std::int64_t begin = schedule.part_begin(part);
+  const std::uint32_t position =
+      static_cast<std::uint32_t>(begin) / static_cast<std::uint32_t>(shape.items_per_request);
 
   if (position >= total) {
-    if (threadIdx.x == 0) scratch.start = {b, 0, total};
-  } else if (position >= before_warp && position < before_warp + warp_cost) {
-    std::int64_t cost = before_warp;  // of all requests before the row looked at
-    if (warp_requests > kRows * 32) {
-      for (;; first += kRows * 32) {
-        load(first);
-        std::int64_t batch_cost = 0;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) batch_cost += row_cost(first, row);
-        if (position < cost + batch_cost) break;
-        cost += batch_cost;
-      }
+    if (threadIdx.x == 0) {
+      scratch.start = {b, 0, static_cast<std::int64_t>(total) * shape.items_per_request};
     }
+  } else if (position >= before && position < before + units) {
+    // The lengths are in the cache now; one row at a time keeps the code, which every launch
+    // fetches anew, short.
+#pragma unroll 1
+    for (std::int32_t at = warp_begin + lane;; at += 32) {
+      const std::int32_t seqlen = at < warp_end ? cache_seqlens[at] : 0;
+      const std::uint32_t own = at < warp_end ? unit_cost(seqlen) : 0;
+      std::uint32_t up_to = own;  // inclusive scan over the row
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      const std::int64_t next_row = cost + row_cost(first, row);
-      if (cost <= position && position < next_row) {
-        const std::uint32_t own = unit_cost(first, row);
-        std::uint32_t up_to = own;  // inclusive scan over the row
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          const std::uint32_t left = __shfl_up_sync(kAllLanes, up_to, distance);
-          if (lane >= distance) up_to += left;
-        }
-        const std::int64_t end = cost + static_cast<std::int64_t>(up_to) * shape.items_per_request;
-        const std::int64_t begin = end - static_cast<std::int64_t>(own) * shape.items_per_request;
-        if (begin <= position && position < end) {
-          scratch.start = {first + row * 32 + lane, clamp_seqlen(seqlens[row], max_len), begin};
-        }
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const std::uint32_t left = __shfl_up_sync(kAllLanes, up_to, distance);
+        if (lane >= distance) up_to += left;
       }
-      cost = next_row;
+      const std::uint32_t first = before + up_to - own;
+      if (first <= position && position < first + own) {
+        scratch.start = {at, clamp_seqlen(seqlen, max_len),
+                         static_cast<std::int64_t>(first) * shape.items_per_request};
+      }
+      before += __shfl_sync(kAllLanes, up_to, 31);
+      if (position < before) break;
     }
   }
   __syncthreads();

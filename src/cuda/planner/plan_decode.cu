@@ -15,6 +15,7 @@
 // A plan that splits nothing has one part with everything and one piece a request.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
@@ -165,6 +166,19 @@ __global__ void __launch_bounds__(kThreads) plan_whole(const __grid_constant__ P
 
 }  // namespace
 
+namespace {
+
+// A plan may be asked for before a block table is known: lengths are held to what the schedule can
+// count.
+std::int32_t countable_seqlen(const DecodeParams& params, const ScheduleShape& shape) {
+  const std::int64_t items = std::int64_t{std::max(params.b, 1)} * shape.items_per_request;
+  const std::int64_t blocks = std::max<std::int64_t>(kMostScheduleCost / items - shape.overhead, 1);
+  return static_cast<std::int32_t>(
+      std::min<std::int64_t>(max_seqlen(params.max_pages), blocks * kBlockTokens));
+}
+
+}  // namespace
+
 Status plan_decode(const DecodeParams& params, const DecodeConfig& config, const PlanParams& plan,
                    std::int32_t device, StreamHandle stream) noexcept {
   if (plan.num_parts < 1 || plan.num_parts > kMaxParts) {
@@ -176,7 +190,7 @@ Status plan_decode(const DecodeParams& params, const DecodeConfig& config, const
 
   PlanArgs args{.cache_seqlens = params.cache_seqlens,
                 .b = params.b,
-                .max_len = max_seqlen(params.max_pages),
+                .max_len = countable_seqlen(params, config.schedule),
                 .shape = config.schedule,
                 .metadata = plan.metadata,
                 .num_splits = plan.num_splits};

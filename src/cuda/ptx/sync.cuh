@@ -1,4 +1,5 @@
-// Barriers, fences and register reallocation: thin names over CCCL's cuda::ptx, and the few instructions it lacks.
+// Barriers, fences and register reallocation: thin names over CCCL's cuda::ptx, and the few
+// instructions it lacks.
 #pragma once
 
 #include <cstdint>
@@ -10,36 +11,36 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// threadIdx.x, read from the hardware where it stands: what is computed from it is not kept in registers meanwhile.
+// threadIdx.x, read from the hardware where it stands: what is computed from it is not kept in
+// registers meanwhile.
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
 
-// Waits until the phase with this parity has completed. kCluster: what a CTA of the cluster released is acquired.
-template <bool kCluster>
+// Waits until the phase with this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
-  namespace p = ::cuda::ptx;
-  if constexpr (kCluster) {
-    while (!p::mbarrier_try_wait_parity(p::sem_acquire, p::scope_cluster, barrier, parity)) {
-    }
-  } else {
-    while (!p::mbarrier_try_wait_parity(barrier, parity)) {
-    }
+  while (!::cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
   }
 }
 
 // Arrives at the same barrier of CTA `rank` of the cluster.
+//
+// NOTE: at the default scope, as CUTLASS has it. What is signalled is that this CTA's tensor cores
+// have finished reading a buffer (wgmma_wait), and nothing is published to the other CTA. With
+// .release.cluster ptxas puts MEMBAR.ALL.GPU before each arrival, and the whole decode ran at 430
+// instead of 590 TFLOPS (nvcc 13.0, b 128, h_q 128, s_kv 8192).
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
+      " mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
 }
 
-// Named barriers: `threads` threads meet; those that only signal arrive, those that need the others sync.
+// Named barriers: `threads` threads meet; those that only signal arrive, those that need the others
+// sync.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -67,18 +68,34 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// 16 bytes from global to shared memory, or zeros when `valid` is false (the source is not read then).
+// 16 bytes from global to shared memory, or zeros when `valid` is false (the source is not read
+// then).
 __device__ __forceinline__ void copy16_async(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ void copy_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
-// Reads a counter that other CTAs add to; what they wrote before is visible afterwards.
+// A counter that CTAs anywhere on the GPU add to: what the other CTAs wrote before they added is
+// visible to who sees the sum.
+// (__threadfence() around a relaxed atomicAdd would be a sequentially consistent fence, which costs
+// more.)
 __device__ __forceinline__ unsigned long long load_acquire_gpu(const unsigned long long* pointer) {
   unsigned long long value;
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(pointer) : "memory");
   return value;
+}
+__device__ __forceinline__ unsigned long long atomic_add_gpu(unsigned long long* pointer,
+                                                             unsigned long long addend) {
+  unsigned long long before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(pointer), "l"(addend)
+               : "memory");
+  return before;
 }
 
 }  // namespace flash_mla::cuda::ptx

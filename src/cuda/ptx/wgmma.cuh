@@ -1,8 +1,10 @@
-// Warpgroup matrix products (wgmma): m64nNk16, fp32 accumulators, bf16 or fp16 operands, B from shared memory.
+// Warpgroup matrix products (wgmma): m64nNk16, fp32 accumulators, bf16 or fp16 operands, B from
+// shared memory.
 //
-// One wrapper per operand placement that MLA needs: the scores S = Q K^T (n64, B K-major) and the output O += P V (n256, B
-// MN-major), each with A from shared memory (ss) or from registers (rs). Reference: PTX ISA, "Asynchronous warpgroup-level
-// matrix instructions". All 128 threads of the warpgroup call each of them.
+// One wrapper per operand placement that MLA needs: the scores S = Q K^T (n64, B K-major) and the
+// output O += P V (n256, B MN-major), each with A from shared memory (ss) or from registers (rs).
+// Reference: PTX ISA, "Asynchronous warpgroup-level matrix instructions". All 128 threads of the
+// warpgroup call each of them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +14,9 @@
 
 namespace flash_mla::cuda::ptx {
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -22,21 +26,33 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps accumulators where they are in program order. Without it arithmetic on them may move above a wait, and ptxas then
-// serialises the products (warning C7514, nvcc 13.0).
+// Keeps accumulators where they are in program order. Without it arithmetic on them may move above
+// a wait, and ptxas then serialises the products (warning C7514, nvcc 13.0).
 template <int kCount>
 __device__ __forceinline__ void pin(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Descriptor of a 128-byte-swizzled operand at shared address `address` (1024-byte aligned but for the offset inside a
-// swizzle atom); leading and stride byte offsets as the PTX ISA defines them for the operand's major-ness.
-__device__ __forceinline__ uint64_t smem_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62;
-  return kSwizzle128 | static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
-         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32;
-}
+// Descriptors of a 128-byte-swizzled operand that starts at shared address `address`, 1024-byte
+// aligned; leading and stride byte offsets as the PTX ISA defines them for the operand's
+// major-ness. at(offset) is the part that starts `offset` bytes further on.
+//
+// NOTE: the shuffle tells ptxas that the low word is the same in all lanes. It then lives in a
+// uniform register, and a part costs one uniform addition; otherwise some fifteen instructions
+// stand between two products, more than their 32 clocks hold (nvcc 13.0).
+class SmemDescriptor {
+ public:
+  __device__ __forceinline__ SmemDescriptor(uint32_t address, uint32_t leading, uint32_t stride)
+      : low_(__shfl_sync(~0u, (address & 0x3FFFF) >> 4 | (leading >> 4) << 16, 0)),
+        high_(stride >> 4 | 1u << 30) {}
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    return static_cast<uint64_t>(high_) << 32 | (low_ + (offset >> 4));
+  }
+
+ private:
+  uint32_t low_, high_;
+};
 
 template <typename Element>
 struct Wgmma;

@@ -3,6 +3,8 @@
 
 namespace flash_mla::cuda::decode_dense {
 
-template Status launch<Traits<__nv_bfloat16, 2>>(const KernelParams&, const CUtensorMap&, const CUtensorMap&, int32_t, cudaStream_t) noexcept;
+template Status launch<Traits<__nv_bfloat16, 2>>(const KernelParams&, const CUtensorMap&,
+                                                 const CUtensorMap&, int32_t,
+                                                 cudaStream_t) noexcept;
 
 }  // namespace flash_mla::cuda::decode_dense

@@ -1,6 +1,4 @@
 // From validated parameters to a launch: tensor maps, scale, and which instantiation.
-#include "cuda/sm90/decode_dense/launch.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,6 +6,7 @@
 #include "cuda/common/device_guard.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/cuda.h"
+#include "cuda/sm90/decode_dense/launch.h"
 
 namespace flash_mla::cuda {
 namespace {
@@ -15,23 +14,18 @@ namespace {
 using namespace decode_dense;
 
 template <typename Element>
-Status launch_for(const KernelParams& params, const DecodeConfig& config, const CUtensorMap& half_map,
-                  const CUtensorMap& rope_map, cudaStream_t stream) noexcept {
-  return config.cluster == 2 ? launch<Traits<Element, 2>>(params, half_map, rope_map, config.ctas, stream)
-                             : launch<Traits<Element, 1>>(params, half_map, rope_map, config.ctas, stream);
-}
-
-// 16-byte stores need every row of out to start on 16 bytes.
-bool takes_vector_stores(const DecodeParams& params) {
-  const auto address = reinterpret_cast<std::uintptr_t>(params.out);
-  const std::int64_t strides = params.stride_out_b | params.stride_out_s | params.stride_out_h;
-  return address % 16 == 0 && strides % 8 == 0;
+Status launch_for(const KernelParams& params, const DecodeConfig& config,
+                  const CUtensorMap& half_map, const CUtensorMap& rope_map,
+                  cudaStream_t stream) noexcept {
+  return config.cluster == 2
+             ? launch<Traits<Element, 2>>(params, half_map, rope_map, config.ctas, stream)
+             : launch<Traits<Element, 1>>(params, half_map, rope_map, config.ctas, stream);
 }
 
 }  // namespace
 
-Status decode(const DecodeParams& decode_params, const DecodeConfig& config, const Workspace& workspace,
-              std::int32_t device, StreamHandle stream) noexcept {
+Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
+              const Workspace& workspace, std::int32_t device, StreamHandle stream) noexcept {
   const DeviceGuard guard(device);
   FLASH_MLA_RETURN_IF_ERROR(guard.status());
   const CUtensorMap* half_map = nullptr;
@@ -42,9 +36,9 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config, con
   params.decode = decode_params;
   params.schedule = config.schedule;
   constexpr float kLog2e = 1.44269504088896340736f;
-  params.scale_log2 = std::max(std::fabs(decode_params.softmax_scale) * kLog2e, std::numeric_limits<float>::min());
+  params.scale_log2 =
+      std::max(std::fabs(decode_params.softmax_scale) * kLog2e, std::numeric_limits<float>::min());
   params.negate_scores = decode_params.softmax_scale < 0;
-  params.vector_out = takes_vector_stores(decode_params);
   params.heads_per_kv = decode_params.h_q / decode_params.h_kv;
   params.rows = decode_params.s_q * params.heads_per_kv;
   params.counters = static_cast<Counter*>(workspace.counters);

@@ -8,12 +8,12 @@
 namespace flash_mla::cuda::decode_dense {
 
 template <typename T>
-Status launch(const KernelParams& params, const CUtensorMap& half_map, const CUtensorMap& rope_map, int32_t ctas,
-              cudaStream_t stream) noexcept {
+Status launch(const KernelParams& params, const CUtensorMap& half_map, const CUtensorMap& rope_map,
+              int32_t ctas, cudaStream_t stream) noexcept {
   const auto kernel = decode_dense_kernel<T>;
   // Cheap, and per device: setting it each time needs no table of devices.
-  FLASH_MLA_RETURN_IF_CUDA_ERROR(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)));
+  FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(SharedStorage)));
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {T::kCluster, 1, 1};

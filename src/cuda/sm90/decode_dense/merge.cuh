@@ -1,13 +1,16 @@
 // Merging the pieces of a split tile, in the same launch: help or leave.
 //
-// A CTA that has stored its partial result adds itself to the tile's counter. When its own work is done it waits, for a bounded
-// time, until all pieces have arrived, and merges its share of the tile, so that every CTA of the tile helps. If the time runs out (another
-// decode holds the SMs that the missing CTAs need) it leaves; the last to arrive sees that somebody left and merges the whole
-// tile. Nobody waits for a CTA that may not be running for longer than kPatience, so nothing can hang; and a share's result does not depend on who
-// computes it: if two do, they write the same bits. docs/design/0002-help-or-leave-merge.md.
+// A CTA that has stored its partial result adds itself to the tile's counter. When its own work is
+// done it waits, for a bounded time, until all pieces have arrived, and merges its share of the
+// tile, so that every CTA of the tile helps. If the time runs out (another decode holds the SMs
+// that the missing CTAs need) it leaves; the last to arrive sees that somebody left and merges the
+// whole tile. Nobody waits for a CTA that may not be running for longer than kPatience, so nothing
+// can hang; and a share's result does not depend on who computes it: if two do, they write the same
+// bits. docs/design/0002-help-or-leave-merge.md.
 //
-// A counter is three 16-bit counts in one word: CTAs that arrived, that left, and that are done with the counter. The last of
-// the latter resets it to zero, so the workspace is left as it was found.
+// A counter is three 16-bit counts in one word: CTAs that arrived, that left, and that are done
+// with the counter. The last of the latter resets it to zero, so the workspace is left as it was
+// found.
 #pragma once
 
 #include "cuda/sm90/decode_dense/epilogue.cuh"
@@ -28,8 +31,7 @@ struct Merger {
   __device__ __forceinline__ void arrive(const WorkItem& item) {
     meet();
     if (threadIdx.x == 0) {
-      __threadfence();
-      const Counter before = atomicAdd(counter(item), kArrival);
+      const Counter before = ptx::atomic_add_gpu(counter(item), kArrival);
       const bool last = (before & 0xFFFF) + 1 == static_cast<Counter>(item.piece_count);
       SplitTile& tile = shared.split_tiles[shared.num_split_tiles++];
       tile.item = item;
@@ -44,13 +46,17 @@ struct Merger {
   }
 
  private:
-  __device__ __forceinline__ static void meet() { ptx::named_barrier_sync(kConsumersMeet, kConsumers); }
+  __device__ __forceinline__ static void meet() {
+    ptx::named_barrier_sync(kConsumersMeet, kConsumers);
+  }
 
   // CTA that does the rows of this CTA in piece `piece` of the tile.
   __device__ __forceinline__ int cta_of(const WorkItem& item, int piece) const {
     return blockIdx.x + (piece - item.piece_index) * params.schedule.team * T::kCluster;
   }
-  __device__ __forceinline__ Counter* counter(const WorkItem& item) const { return params.counters + cta_of(item, 0); }
+  __device__ __forceinline__ Counter* counter(const WorkItem& item) const {
+    return params.counters + cta_of(item, 0);
+  }
 
   __device__ __forceinline__ void finish_tile(const SplitTile& tile) {
     const WorkItem& item = tile.item;
@@ -58,13 +64,14 @@ struct Merger {
     if (threadIdx.x == 0) {
       shared.merge_ready = wait_for_pieces(item);
       if (shared.merge_ready) {
-        before_departure = atomicAdd(counter(item), kDeparture * (1 + tile.leavers));
+        before_departure = ptx::atomic_add_gpu(counter(item), kDeparture * (1 + tile.leavers));
       }
     }
     meet();
     if (!shared.merge_ready) return;
     if (item.rows > 0) merge(item, tile.leavers > 0);
-    if (threadIdx.x == 0 && (before_departure >> 32) + 1 + tile.leavers == static_cast<Counter>(item.piece_count)) {
+    if (threadIdx.x == 0 &&
+        (before_departure >> 32) + 1 + tile.leavers == static_cast<Counter>(item.piece_count)) {
       *counter(item) = 0;
     }
     meet();  // the next tile reuses the scratch
@@ -76,16 +83,14 @@ struct Merger {
     const int64_t start = clock64();
     while ((ptx::load_acquire_gpu(counter(item)) & 0xFFFF) != all) {
       if (clock64() - start > kPatience) {
-        const Counter before = atomicAdd(counter(item), kLeaver);
-        if ((before & 0xFFFF) != all) return false;
-        __threadfence();
-        return true;
+        return (ptx::atomic_add_gpu(counter(item), kLeaver) & 0xFFFF) == all;
       }
     }
     return true;
   }
 
-  // out = sum_k weight[k] partial[k], weight[k] = 2^(max[k] - max) / sum. The page buffers, no longer needed, hold the weights.
+  // out = sum_k weight[k] partial[k], weight[k] = 2^(max[k] - max) / sum. The page buffers, no
+  // longer needed, hold the weights.
   __device__ __forceinline__ void merge(const WorkItem& item, bool whole) {
     const int pieces = item.piece_count;
     float* weights = reinterpret_cast<float*>(shared.page[0]);  // [pieces][64]
@@ -97,14 +102,16 @@ struct Merger {
     for (int k = quarter; k < pieces; k += 4) {
       // Rows past the last one have no state.
       float2 state = {kNoMaximum, 0.f};
-      if (row < item.rows) state = __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k)) + row));
+      if (row < item.rows)
+        state = __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k)) + row));
       weights[k * kTileRows + row] = state.x;
       sums[k * kTileRows + row] = state.y;
       top = fmaxf(top, state.x);
     }
     tops[threadIdx.x] = top;
     meet();
-    top = fmaxf(fmaxf(tops[row], tops[kTileRows + row]), fmaxf(tops[2 * kTileRows + row], tops[3 * kTileRows + row]));
+    top = fmaxf(fmaxf(tops[row], tops[kTileRows + row]),
+                fmaxf(tops[2 * kTileRows + row], tops[3 * kTileRows + row]));
     float total = 0.f;
     for (int k = quarter; k < pieces; k += 4) {
       const float weight = ptx::exp2_approx(weights[k * kTileRows + row] - top);
@@ -113,63 +120,87 @@ struct Merger {
     }
     totals[threadIdx.x] = total;
     meet();
-    total = (totals[row] + totals[kTileRows + row]) + (totals[2 * kTileRows + row] + totals[3 * kTileRows + row]);
+    total = (totals[row] + totals[kTileRows + row]) +
+            (totals[2 * kTileRows + row] + totals[3 * kTileRows + row]);
     const Rows<Element> rows{params, item};
     if (quarter == 0) {
-      tops[row] = total > 0.f ? 1.f / total : 0.f;
+      tops[row] = total > 0.f ? __fdividef(1.f, total) : 0.f;
       if (item.piece_index == 0 || whole) rows.store_lse(row, {top, total});
     }
     meet();
     merge_output(item, rows, weights, tops, whole);
   }
 
-  // A task is what one warp holds of one tile of eight columns: 64 tasks for every 16 rows, dealt out to the pieces' CTAs.
-  __device__ __forceinline__ void merge_output(const WorkItem& item, const Rows<Element>& rows, const float* weights,
-                                               const float* inverses, bool whole) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row_warps = (item.rows + 15) / 16, tasks = 64 * row_warps;
+  // A task is what one warp holds of one tile of eight columns: 64 tasks for every 16 rows, dealt
+  // out to the pieces' CTAs. A warp keeps sixteen loads in flight: four tasks of four pieces each
+  // while tasks are many, one task of sixteen pieces otherwise.
+  __device__ __forceinline__ void merge_output(const WorkItem& item, const Rows<Element>& rows,
+                                               const float* weights, const float* inverses,
+                                               bool whole) {
+    const int tasks = 64 * row_warps(item);
     const int begin = whole ? 0 : tasks * item.piece_index / item.piece_count;
     const int end = whole ? tasks : tasks * (item.piece_index + 1) / item.piece_count;
-    for (int task = begin + warp; task < end; task += kConsumers / 32) {
-      const int row_warp = task % row_warps, tile = task / row_warps;  // tiles 0-31: warpgroup 0's columns, then 1's
-      const int row = row_warp * 16 + lane / 4;
-      const int thread = tile / 32 * kWarpgroup + row_warp * 32 + lane;
-      const int64_t offset = static_cast<int64_t>(tile % 32) * kConsumers + thread;
-      float sum[4] = {0.f, 0.f, 0.f, 0.f};
-      constexpr int kInFlight = 8;
-      for (int first = 0; first < item.piece_count; first += kInFlight) {
-        float4 value[kInFlight];
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          if (first + j < item.piece_count) {
-            value[j] = __ldcg(reinterpret_cast<const float4*>(piece(item, first + j)) + offset);
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          if (first + j < item.piece_count) {
-            const float* weight = weights + (first + j) * kTileRows + row;
-            sum[0] += weight[0] * value[j].x;
-            sum[1] += weight[0] * value[j].y;
-            sum[2] += weight[8] * value[j].z;
-            sum[3] += weight[8] * value[j].w;
-          }
-        }
-      }
-      store_pair(item, rows, row, tile, lane, sum[0] * inverses[row], sum[1] * inverses[row]);
-      store_pair(item, rows, row + 8, tile, lane, sum[2] * inverses[row + 8], sum[3] * inverses[row + 8]);
-    }
+    constexpr int kWarps = kConsumers / 32;
+    int task = begin + threadIdx.x / 32;
+    for (; task + 3 * kWarps < end; task += 4 * kWarps)
+      merge_tasks<4, 4>(item, rows, weights, inverses, task, kWarps);
+    for (; task < end; task += kWarps)
+      merge_tasks<1, 16>(item, rows, weights, inverses, task, kWarps);
+  }
+  __device__ __forceinline__ static int row_warps(const WorkItem& item) {
+    return (item.rows + 15) / 16;
   }
 
-  __device__ __forceinline__ void store_pair(const WorkItem& item, const Rows<Element>& rows, int row, int tile, int lane,
-                                             float x, float y) {
-    if (row >= item.rows) return;
-    Element* target = rows.out(row) + tile * 8 + (lane % 4) * 2;
-    if (params.vector_out) {
-      *reinterpret_cast<uint32_t*>(target) = pack<Element>(x, y);
-    } else {
-      target[0] = static_cast<Element>(x);
-      target[1] = static_cast<Element>(y);
+  template <int kTasks, int kInFlight>
+  __device__ __forceinline__ void merge_tasks(const WorkItem& item, const Rows<Element>& rows,
+                                              const float* weights, const float* inverses,
+                                              int first_task, int stride) {
+    const int lane = threadIdx.x % 32;
+    int row[kTasks], tile[kTasks];  // tiles 0-31: warpgroup 0's columns, then 1's
+    float4 sum[kTasks] = {};
+#pragma unroll
+    for (int t = 0; t < kTasks; ++t) {
+      row[t] = (first_task + t * stride) % row_warps(item) * 16 + lane / 4;
+      tile[t] = (first_task + t * stride) / row_warps(item);
+    }
+#pragma unroll 1
+    for (int first = 0; first < item.piece_count; first += kInFlight) {
+      float4 value[kTasks][kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (first + j >= item.piece_count) break;
+        const float4* source = reinterpret_cast<const float4*>(piece(item, first + j));
+#pragma unroll
+        for (int t = 0; t < kTasks; ++t) {
+          const int thread = tile[t] / 32 * kWarpgroup + row[t] / 16 * 32 + lane;
+          value[t][j] = __ldcg(source + tile[t] % 32 * kConsumers + thread);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (first + j >= item.piece_count) break;
+#pragma unroll
+        for (int t = 0; t < kTasks; ++t) {
+          const float* weight = weights + (first + j) * kTileRows + row[t];
+          sum[t].x += weight[0] * value[t][j].x;
+          sum[t].y += weight[0] * value[t][j].y;
+          sum[t].z += weight[8] * value[t][j].z;
+          sum[t].w += weight[8] * value[t][j].w;
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTasks; ++t) {
+      const float inverse[2] = {inverses[row[t]], inverses[row[t] + 8]};
+      const int column = tile[t] * 8 + (lane % 4) * 2;
+      if (row[t] < item.rows) {
+        *reinterpret_cast<uint32_t*>(rows.out(row[t]) + column) =
+            pack<Element>(sum[t].x * inverse[0], sum[t].y * inverse[0]);
+      }
+      if (row[t] + 8 < item.rows) {
+        *reinterpret_cast<uint32_t*>(rows.out(row[t] + 8) + column) =
+            pack<Element>(sum[t].z * inverse[1], sum[t].w * inverse[1]);
+      }
     }
   }
 

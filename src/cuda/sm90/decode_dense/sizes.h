@@ -17,8 +17,10 @@ struct RowState {
   float max, sum;
 };
 
-// A partial output: [32][256 threads][4] fp32 in the accumulators' own order, then the RowState of 64 rows.
+// A partial output: [32][256 threads][4] fp32 in the accumulators' own order, then the RowState of
+// 64 rows.
 inline constexpr int kPartialFloats = kTileRows * kHeadDimV;
-inline constexpr std::size_t kPartialBytes = kPartialFloats * sizeof(float) + kTileRows * sizeof(RowState);
+inline constexpr std::size_t kPartialBytes =
+    kPartialFloats * sizeof(float) + kTileRows * sizeof(RowState);
 
 }  // namespace flash_mla::cuda::decode_dense

@@ -1,17 +1,20 @@
-// Walks the work items of one part. The page warp and the query warps each walk for themselves: a step costs one cached load.
+// Walks the work items of one part. The page warp and the query warps each walk for themselves: a
+// step costs one cached load.
 #pragma once
 
 #include "cuda/sm90/decode_dense/traits.h"
 
 namespace flash_mla::cuda::decode_dense {
 
-// Where this CTA stands in the grid: part, then member of the team, then CTA of the cluster, fastest last.
+// Where this CTA stands in the grid: part, then member of the team, then CTA of the cluster,
+// fastest last.
 template <int kCluster>
 struct Position {
   int32_t part, member, rank;
   __device__ static Position here(const ScheduleShape& shape) {
     const int cluster = blockIdx.x / kCluster;
-    return {cluster / shape.team, cluster % shape.team, static_cast<int32_t>(blockIdx.x % kCluster)};
+    return {cluster / shape.team, cluster % shape.team,
+            static_cast<int32_t>(blockIdx.x % kCluster)};
   }
 };
 
@@ -33,7 +36,8 @@ __device__ inline Walk begin_walk(const Schedule& schedule, const Start& start, 
 
 // Goes on to the next item with work for this CTA; item.end says that there is none.
 template <int kCluster>
-__device__ __forceinline__ void next_item(const KernelParams& params, const Position<kCluster>& position, Walk& walk,
+__device__ __forceinline__ void next_item(const KernelParams& params,
+                                          const Position<kCluster>& position, Walk& walk,
                                           WorkItem& item) {
   const DecodeParams& decode = params.decode;
   const ScheduleShape& shape = params.schedule;
@@ -42,7 +46,8 @@ __device__ __forceinline__ void next_item(const KernelParams& params, const Posi
     const int blocks = schedule_blocks(walk.seqlen);
     const Piece piece = schedule.piece_from(walk.relative, blocks, position.part);
     const int group = walk.item % shape.chunks * shape.team + position.member;
-    const bool has_work = !piece.empty() && group * kCluster * kTileRows < params.rows;  // the last chunk may be short
+    const bool has_work = !piece.empty() && group * kCluster * kTileRows <
+                                                params.rows;  // the last chunk may be short
     if (has_work) {
       item.request = walk.request;
       item.head = walk.item / shape.chunks;
@@ -51,8 +56,10 @@ __device__ __forceinline__ void next_item(const KernelParams& params, const Posi
       item.seqlen = walk.seqlen;
       item.pages = walk.seqlen > 0 ? piece.end - piece.begin : 0;
       item.first_token = piece.begin * kPageTokens;
-      const int open_tokens = visible_tokens(params, walk.seqlen, item.first_row) - item.first_token;
-      item.masked_pairs = (item.pages + 1) / 2 - min(max(open_tokens, 0) / (2 * kPageTokens), item.pages / 2);
+      const int open_tokens =
+          visible_tokens(params, walk.seqlen, item.first_row) - item.first_token;
+      item.masked_pairs =
+          (item.pages + 1) / 2 - min(max(open_tokens, 0) / (2 * kPageTokens), item.pages / 2);
       item.piece_index = piece.index;
       item.piece_count = piece.count;
       item.end = 0;
@@ -61,7 +68,8 @@ __device__ __forceinline__ void next_item(const KernelParams& params, const Posi
     if (++walk.item == shape.items_per_request) {
       walk.item = 0;
       if (++walk.request < decode.b) {
-        walk.seqlen = clamp_seqlen(__ldg(decode.cache_seqlens + walk.request), max_seqlen(decode.max_pages));
+        walk.seqlen =
+            clamp_seqlen(__ldg(decode.cache_seqlens + walk.request), max_seqlen(decode.max_pages));
       }
     }
     if (has_work) return;
