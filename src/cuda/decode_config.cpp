@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/common/properties.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/cuda.h"
 #include "cuda/sm90/decode_dense/sizes.h"
 
@@ -48,11 +49,10 @@ Status decode_config(const DecodeParams& params, std::int32_t device,
         "decode: kv_cache.shape[1] (page_size) = %d, the CUDA backend supports {64}",
         params.page_size);
   }
-  const std::int32_t heads_per_kv = params.h_kv > 0 ? params.h_q / params.h_kv : 0;
-  const std::int32_t rows = std::max(params.s_q * heads_per_kv, 1);
+  const std::int32_t rows = std::max(query_rows(params).count(params), 1);
   config->cluster = rows > decode_dense::kTileRows ? 2 : 1;
-  const std::int32_t clusters =
-      std::min(properties->num_sms, decode_dense::kMaxCtas) / config->cluster;
+  const std::int32_t ctas = std::min(properties->num_sms, decode_dense::kMaxCtas);
+  const std::int32_t clusters = ctas / config->cluster;
   const std::int32_t groups = ceil_div(rows, decode_dense::kTileRows * config->cluster);
   ScheduleShape& schedule = config->schedule;
   schedule.team = choose_team(groups, clusters);
@@ -62,8 +62,9 @@ Status decode_config(const DecodeParams& params, std::int32_t device,
   schedule.overhead = kItemOverhead;
   schedule.split = params.split;
   config->ctas = schedule.num_parts * schedule.team * config->cluster;
-  config->counters_size = config->ctas * sizeof(std::uint64_t);
-  config->partials_size = config->ctas * 2 * decode_dense::kPartialBytes;
+  // The same for all shapes, so that a workspace can serve every call.
+  config->counters_size = ctas * sizeof(std::uint64_t);
+  config->partials_size = ctas * 2 * decode_dense::kPartialBytes;
   return {};
 }
 

@@ -1,14 +1,18 @@
-// Tensor maps (TMA descriptors) of a paged KV cache, made once per cache and remembered.
+// Tensor maps (TMA descriptors): of a paged KV cache, made once per cache and remembered, and of
+// the queries.
 #include "cuda/common/tensor_map.h"
 
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <memory>
 #include <new>
 
+#include "core/schedule.h"
 #include "cuda/common/error.h"
 #include "flash_mla/decode.h"
 
@@ -86,37 +90,58 @@ std::size_t cache_slot(const Key& key) noexcept {
   return static_cast<std::size_t>(mixed >> 32) % kCacheEntries;
 }
 
-Status encode_map(Encode encode, const Key& key, cuuint32_t tiles, CUtensorMap* map) noexcept {
-  const cuuint64_t dims[kRank] = {kTileColumns, kPageRows, kColumnTiles,
-                                  static_cast<cuuint64_t>(key.h_kv),
-                                  static_cast<cuuint64_t>(key.num_pages)};
-  const cuuint64_t dims_without_pages[kRank] = {kTileColumns, 1, 1, 1, 1};
-  const cuuint64_t strides[kRank - 1] = {static_cast<cuuint64_t>(key.stride_row * kElementBytes),
-                                         kTileColumns * kElementBytes,
-                                         static_cast<cuuint64_t>(key.stride_head * kElementBytes),
-                                         static_cast<cuuint64_t>(key.stride_page * kElementBytes)};
-  const cuuint32_t box[kRank] = {kTileColumns, kPageRows, tiles, 1, 1};
-  const cuuint32_t element_strides[kRank] = {1, 1, 1, 1, 1};
-  const CUtensorMapDataType type = key.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = encode(
-      map, type, kRank, const_cast<void*>(key.data), key.num_pages > 0 ? dims : dims_without_pages,
-      strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+// What differs between the maps; element type by dtype, 128-byte swizzle, zeros outside.
+struct MapShape {
+  void* data;
+  DType dtype;
+  std::array<cuuint64_t, kRank> dims;
+  std::array<std::int64_t, kRank - 1> strides;  // of axes 1 .., in elements
+  std::array<cuuint32_t, kRank> box;
+};
+
+Status encode_map(const char* tensor, const MapShape& shape, CUtensorMap* map) noexcept {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) {
+    return Status::error(
+        StatusCode::kCudaError,
+        "decode: the driver has no cuTensorMapEncodeTiled; update the NVIDIA driver");
+  }
+  cuuint64_t strides[kRank - 1];
+  for (int i = 0; i < kRank - 1; ++i) {
+    strides[i] = static_cast<cuuint64_t>(shape.strides[i] * kElementBytes);
+  }
+  constexpr cuuint32_t kElementStrides[kRank] = {1, 1, 1, 1, 1};
+  const CUtensorMapDataType type = shape.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(map, type, kRank, shape.data, shape.dims.data(), strides, shape.box.data(),
+             kElementStrides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
-  return Status::error(StatusCode::kCudaError,
-                       "decode: cuTensorMapEncodeTiled failed with CUresult %d for kv_cache = %p, "
-                       "%d pages, %d heads, strides %lld, %lld, %lld",
-                       static_cast<int>(result), key.data, key.num_pages, key.h_kv,
-                       static_cast<long long>(key.stride_page),
-                       static_cast<long long>(key.stride_row),
-                       static_cast<long long>(key.stride_head));
+  return Status::error(
+      StatusCode::kCudaError,
+      "decode: cuTensorMapEncodeTiled failed with CUresult %d for %s at %p, strides "
+      "%lld, %lld, %lld, %lld",
+      static_cast<int>(result), tensor, shape.data, static_cast<long long>(shape.strides[0]),
+      static_cast<long long>(shape.strides[1]), static_cast<long long>(shape.strides[2]),
+      static_cast<long long>(shape.strides[3]));
+}
+
+Status encode_kv_map(const Key& key, cuuint32_t tiles, CUtensorMap* map) noexcept {
+  MapShape shape = {const_cast<void*>(key.data),
+                    key.dtype,
+                    {kTileColumns, kPageRows, kColumnTiles, static_cast<cuuint64_t>(key.h_kv),
+                     static_cast<cuuint64_t>(key.num_pages)},
+                    {key.stride_row, kTileColumns, key.stride_head, key.stride_page},
+                    {kTileColumns, kPageRows, tiles, 1, 1}};
+  if (key.num_pages == 0) shape.dims = {kTileColumns, 1, 1, 1, 1};
+  return encode_map("kv_cache", shape, map);
 }
 
 }  // namespace
 
-Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, const CUtensorMap** part_map,
-                      const CUtensorMap** rope_map) noexcept {
+Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, CUtensorMap* part_map,
+                      CUtensorMap* rope_map) noexcept {
   // On the heap: 80 KB of static thread storage would be charged to every thread of the process.
   thread_local std::unique_ptr<std::array<Entry, kCacheEntries>> cache;
   if (cache == nullptr) {
@@ -128,20 +153,48 @@ Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, const CUt
   const Key key = make_key(params, device);
   Entry& entry = (*cache)[cache_slot(key)];
   if (!(entry.key == key)) {
-    static const Encode encode = find_encode();
-    if (encode == nullptr) {
-      return Status::error(
-          StatusCode::kCudaError,
-          "decode: the driver has no cuTensorMapEncodeTiled; update the NVIDIA driver");
-    }
     entry.key = {};
-    FLASH_MLA_RETURN_IF_ERROR(encode_map(encode, key, kPartTiles, &entry.part_map));
-    FLASH_MLA_RETURN_IF_ERROR(encode_map(encode, key, kRopeTiles, &entry.rope_map));
+    FLASH_MLA_RETURN_IF_ERROR(encode_kv_map(key, kPartTiles, &entry.part_map));
+    FLASH_MLA_RETURN_IF_ERROR(encode_kv_map(key, kRopeTiles, &entry.rope_map));
     entry.key = key;
   }
-  *part_map = &entry.part_map;
-  *rope_map = &entry.rope_map;
+  *part_map = entry.part_map;
+  *rope_map = entry.rope_map;
   return {};
+}
+
+QueryRows query_rows(const DecodeParams& params) noexcept {
+  const std::int32_t heads = params.h_kv > 0 ? params.h_q / params.h_kv : 0;
+  if (params.s_q <= 1 ||
+      (params.h_kv == 1 && params.stride_q_s == params.h_q * params.stride_q_h)) {
+    return {heads, true};
+  }
+  // Padded, so that a tile of 64 rows is a box of whole tokens, or part of one token.
+  const auto power = static_cast<std::int32_t>(std::bit_ceil(static_cast<std::uint32_t>(heads)));
+  return {heads <= kPageRows ? power
+                             : ceil_div(heads, std::int32_t{kPageRows}) * std::int32_t{kPageRows},
+          false};
+}
+
+Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
+                        CUtensorMap* map) noexcept {
+  const auto extent = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
+  // As in make_key(): a stride that is never used may be anything in the tensor.
+  const auto stride = [](std::int64_t stride, std::int64_t n) {
+    return n > 1 ? stride : kHeadDimQk;
+  };
+  const std::int64_t heads = rows.dense ? std::int64_t{params.s_q} * params.h_q : params.h_q;
+  const std::int64_t tokens = rows.dense ? 1 : params.s_q;
+  const auto box_heads = static_cast<cuuint32_t>(
+      rows.dense ? kPageRows : std::min<std::int64_t>(rows.width, kPageRows));
+  const MapShape shape = {
+      const_cast<void*>(params.q),
+      params.dtype,
+      {kTileColumns, extent(heads), extent(tokens), kColumnTiles, extent(params.b)},
+      {stride(params.stride_q_h, heads), stride(params.stride_q_s, tokens), kTileColumns,
+       stride(params.stride_q_b, params.b)},
+      {kTileColumns, box_heads, static_cast<cuuint32_t>(kPageRows) / box_heads, kColumnTiles, 1}};
+  return encode_map("q", shape, map);
 }
 
 }  // namespace flash_mla::cuda

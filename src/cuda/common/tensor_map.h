@@ -1,4 +1,5 @@
-// Tensor maps (TMA descriptors) of a paged KV cache, made once per cache and remembered.
+// Tensor maps (TMA descriptors): of a paged KV cache, made once per cache and remembered, and of
+// the queries.
 #pragma once
 
 #include <cuda.h>
@@ -20,11 +21,28 @@ namespace flash_mla::cuda {
 //   *part_map: box of 64 columns x 64 rows x 4 tiles, half of the latent part, 32 KB
 //   *rope_map: box of 64 columns x 64 rows x 1 tile, for the RoPE part (tile 8), 8 KB
 //
-// The pointers are valid until the calling thread's next call: pass the maps by value
-// (__grid_constant__). Engines call with one cache per layer, the same ones at every step, so what
+// Engines call with one cache per layer, the same ones at every step, so what
 // was made is remembered per thread, with no lock on the way.
 // Errors: kCudaError (the driver refused), kInternal (out of host memory).
-Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, const CUtensorMap** part_map,
-                      const CUtensorMap** rope_map) noexcept;
+Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, CUtensorMap* part_map,
+                      CUtensorMap* rope_map) noexcept;
+
+// How the query rows of a kv head are numbered, so that 64 of them in a row are one box of q: query
+// token by query token, `width` numbers each, of which the first h_q / h_kv are heads.
+struct QueryRows {
+  std::int32_t width = 1;
+  bool dense = true;  // the numbers are one axis of q: s_q is 1, or h_kv is 1 and the tokens follow
+                      // one another
+  [[nodiscard]] std::int32_t count(const DecodeParams& params) const { return params.s_q * width; }
+};
+QueryRows query_rows(const DecodeParams& params) noexcept;
+
+// Rank-5 map over q [b, s_q, h_q, 576], any strides that are multiples of 16 bytes. Coordinates,
+// innermost first: column in the tile (0), head, query token, column tile (0), request; dense rows:
+// row instead of head, and 0. The box has 64 rows and all nine tiles, 72 KB; outside of q it reads
+// zeros. Made anew each time: q moves, and making it is pure host arithmetic. Errors: kCudaError
+// (the driver refused).
+Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
+                        CUtensorMap* map) noexcept;
 
 }  // namespace flash_mla::cuda

@@ -68,17 +68,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// 16 bytes from global to shared memory, or zeros when `valid` is false (the source is not read
-// then).
-__device__ __forceinline__ void copy16_async(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy_async_wait_all() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
 // A counter that CTAs anywhere on the GPU add to: what the other CTAs wrote before they added is
 // visible to who sees the sum.
 // (__threadfence() around a relaxed atomicAdd would be a sequentially consistent fence, which costs

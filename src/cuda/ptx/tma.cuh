@@ -15,19 +15,16 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// One box at (column in its tile, row, column tile, kv head, page) lands at `shared` (in each CTA
-// of `mask` at the same place), and its bytes are counted on `barrier` there. Coordinates outside
-// the tensor read as zeros.
+// The box at `at` lands at `shared` (in each CTA of `mask` at the same place), and its bytes are
+// counted on `barrier` there. Coordinates outside the tensor read as zeros.
 template <bool kMulticast>
 __device__ __forceinline__ void load_box(const CUtensorMap* map, void* shared, uint64_t* barrier,
-                                         int tile, int head, int page, uint16_t mask) {
+                                         const int32_t (&at)[5], uint16_t mask) {
   namespace p = ::cuda::ptx;
-  const int32_t coordinates[5] = {0, 0, tile, head, page};
   if constexpr (kMulticast) {
-    p::cp_async_bulk_tensor(p::space_cluster, p::space_global, shared, map, coordinates, barrier,
-                            mask);
+    p::cp_async_bulk_tensor(p::space_cluster, p::space_global, shared, map, at, barrier, mask);
   } else {
-    p::cp_async_bulk_tensor(p::space_cluster, p::space_global, shared, map, coordinates, barrier);
+    p::cp_async_bulk_tensor(p::space_cluster, p::space_global, shared, map, at, barrier);
   }
 }
 

@@ -3,8 +3,7 @@
 
 namespace flash_mla::cuda::decode_dense {
 
-template Status launch<Traits<__nv_bfloat16, 2>>(const KernelParams&, const CUtensorMap&,
-                                                 const CUtensorMap&, int32_t,
+template Status launch<Traits<__nv_bfloat16, 2>>(const KernelParams&, const TensorMaps&, int32_t,
                                                  cudaStream_t) noexcept;
 
 }  // namespace flash_mla::cuda::decode_dense

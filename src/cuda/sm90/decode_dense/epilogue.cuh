@@ -12,12 +12,16 @@ struct Rows {
   const KernelParams& params;
   const WorkItem& item;
 
+  // Padded numbers (row_width > heads_per_kv) are no rows.
+  __device__ __forceinline__ bool valid(int row) const {
+    return row < item.rows && (item.first_row + row) % params.row_width < params.heads_per_kv;
+  }
   struct Index {
     int s, head;
   };
   __device__ __forceinline__ Index index(int row) const {
     const int r = item.first_row + row;
-    return {r / params.heads_per_kv, item.head * params.heads_per_kv + r % params.heads_per_kv};
+    return {r / params.row_width, item.head * params.heads_per_kv + r % params.row_width};
   }
   __device__ __forceinline__ Element* out(int row) const {
     const DecodeParams& decode = params.decode;
@@ -28,7 +32,7 @@ struct Rows {
   // `sum` 0: the row saw no key.
   __device__ __forceinline__ void store_lse(int row, RowState state) const {
     const DecodeParams& decode = params.decode;
-    if (decode.lse == nullptr || row >= item.rows) return;
+    if (decode.lse == nullptr || !valid(row)) return;
     constexpr float kLn2 = 0.693147180559945309f;
     const Index at = index(row);
     decode.lse[item.request * decode.stride_lse_b + at.head * decode.stride_lse_h +
@@ -85,36 +89,26 @@ struct Epilogue {
     for (int h = 0; h < 2; ++h) {
       const int lane = consumer.lane(), row = consumer.row() + 8 * h;
       if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(row, state[h]);
+      if (row - consumer.lane() / 4 >= item.rows) return;  // of no row of this warp
       const float inverse = state[h].sum > 0.f ? __fdividef(1.f, state[h].sum) : 0.f;
-      const bool valid = row < item.rows;
-      Element* target = rows.out(valid ? row : 0) + warpgroup * (kHeadDimV / 2);
+      const bool valid = rows.valid(row), odd = lane % 2;
+      // Of two neighbouring tiles of eight columns a lane has two columns each. Even lanes take the
+      // next two of the first tile from their neighbour for theirs of the second, so that the four
+      // lanes of a row store 32 bytes, a whole sector, at once.
+      Element* target = rows.out(valid ? row : 0) + warpgroup * (kHeadDimV / 2) +
+                        (odd ? 6 + lane % 4 * 2 : lane % 4 * 2);
 #pragma unroll
-      for (int four = 0; four < 8; ++four) store_four_tiles(four, h, lane, inverse, target, valid);
-    }
-  }
-
-  // The four lanes that share a row hold two columns each of every tile of eight; transposed, each
-  // holds eight columns of one tile and stores them at once.
-  __device__ __forceinline__ void store_four_tiles(int four, int h, int lane, float inverse,
-                                                   Element* target, bool valid) {
-    uint32_t x[4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-      const int i = (four * 4 + t) * 4 + 2 * h;
-      x[t] = pack<Element>(consumer.o[i] * inverse, consumer.o[i + 1] * inverse);
-    }
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = lane & bit;
-#pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        if (t & bit) continue;
-        const uint32_t received = __shfl_xor_sync(~0u, upper ? x[t] : x[t | bit], bit);
-        (upper ? x[t] : x[t | bit]) = received;
+      for (int tile = 0; tile < 32; tile += 2) {
+        const int i = tile * 4 + 2 * h;
+        const uint32_t first = pack<Element>(consumer.o[i] * inverse, consumer.o[i + 1] * inverse);
+        const uint32_t second =
+            pack<Element>(consumer.o[i + 4] * inverse, consumer.o[i + 5] * inverse);
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
+        if (valid) {
+          *reinterpret_cast<uint2*>(target + tile * 8) =
+              odd ? uint2{other, second} : uint2{first, other};
+        }
       }
-    }
-    if (valid) {
-      *reinterpret_cast<uint4*>(target + (four * 4 + lane % 4) * 8) = uint4{x[0], x[1], x[2], x[3]};
     }
   }
 

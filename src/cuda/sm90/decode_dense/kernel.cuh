@@ -6,9 +6,9 @@
 //                 then the epilogue (epilogue.cuh) and, for requests that were split, the merge
 //                 (merge.cuh);
 // warp 8          pages, by TMA, in three parts each; two buffers (producer.cuh);
-// warps 9-11      Q of the next item, as soon as the last scores of this one are done
-// (producer.cuh). With more than 64 rows two CTAs make a cluster: 64 rows each, and every page
-// comes once, by multicast to both.
+// warp 9          Q of the next item, by TMA, as soon as the last scores of this one are done
+// (producer.cuh). (producer.cuh). With more than 64 rows two CTAs make a cluster: 64 rows each, and
+// every page comes once, by multicast to both.
 //
 // Budgets and schedule: README.md. Sources: FlashAttention-3 (arXiv:2407.08608) for warp
 // specialisation, FlashMLA's deep dive of 2025-04-22 for the seesaw of two warpgroups,
@@ -29,7 +29,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared, int cluster
                        kWarpgroup / 32 * cluster);  // the last reader's warps, of both CTAs
     }
   }
-  p::mbarrier_init(&shared.q_full, kQueryWarps * 32);
+  p::mbarrier_init(&shared.q_full, 1);
   p::mbarrier_init(&shared.q_empty, kConsumers / 32);
   p::fence_mbarrier_init(p::sem_release, p::scope_cluster);
 }
@@ -67,14 +67,14 @@ __device__ __forceinline__ void cluster_sync() {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_dense_kernel(const __grid_constant__ KernelParams params,
-                        const __grid_constant__ CUtensorMap half_map,
-                        const __grid_constant__ CUtensorMap rope_map) {
+                        const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
   const auto position = Position<T::kCluster>::here(params.schedule);
   if (threadIdx.x == kConsumers) {
-    ptx::prefetch_map(&half_map);
-    ptx::prefetch_map(&rope_map);
+    ptx::prefetch_map(&maps.query);
+    ptx::prefetch_map(&maps.half);
+    ptx::prefetch_map(&maps.rope);
   }
   if (threadIdx.x == 0) {
     init_barriers(shared, T::kCluster);
@@ -85,7 +85,6 @@ __global__ void __launch_bounds__(kThreads, 1)
                                            max_seqlen(params.decode.max_pages), params.schedule,
                                            position.part, schedule, shared.find_start);
   const Walk walk = begin_walk(schedule, start, position.part);
-  if (threadIdx.x == kQueryLeader) shared.query_walk = walk;
   cluster_sync<T>();
 
   if (threadIdx.x < kConsumers) {
@@ -93,11 +92,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     consume<T>(params, shared);
   } else {
     ptx::decrease_registers<kProducerRegisters>();
-    Producer<T> producer{params, half_map, rope_map, shared, position};
+    Producer<T> producer{params, maps, shared, position};
     if (threadIdx.x / 32 == kPageWarp) {
       producer.load_pages(walk);
-    } else {
-      producer.load_queries();
+    } else if (threadIdx.x / 32 == kQueryWarp) {
+      producer.load_queries(walk);
     }
   }
   cluster_sync<T>();  // the other CTA may still signal this one's barriers

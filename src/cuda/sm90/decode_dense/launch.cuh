@@ -8,8 +8,8 @@
 namespace flash_mla::cuda::decode_dense {
 
 template <typename T>
-Status launch(const KernelParams& params, const CUtensorMap& half_map, const CUtensorMap& rope_map,
-              int32_t ctas, cudaStream_t stream) noexcept {
+Status launch(const KernelParams& params, const TensorMaps& maps, int32_t ctas,
+              cudaStream_t stream) noexcept {
   const auto kernel = decode_dense_kernel<T>;
   // Cheap, and per device: setting it each time needs no table of devices.
   FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaFuncSetAttribute(
@@ -24,7 +24,7 @@ Status launch(const KernelParams& params, const CUtensorMap& half_map, const CUt
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, params, half_map, rope_map));
+  FLASH_MLA_RETURN_IF_CUDA_ERROR(cudaLaunchKernelEx(&config, kernel, params, maps));
   return {};
 }
 

@@ -132,73 +132,94 @@ struct Merger {
   }
 
   // A task is what one warp holds of one tile of eight columns: 64 tasks for every 16 rows, dealt
-  // out to the pieces' CTAs. A warp keeps sixteen loads in flight: four tasks of four pieces each
-  // while tasks are many, one task of sixteen pieces otherwise.
+  // out to the pieces' CTAs. A warp, whose tasks are all of the same rows, keeps sixteen loads in
+  // flight: four tasks of four pieces each while tasks are many, one task of sixteen pieces
+  // otherwise.
   __device__ __forceinline__ void merge_output(const WorkItem& item, const Rows<Element>& rows,
                                                const float* weights, const float* inverses,
                                                bool whole) {
-    const int tasks = 64 * row_warps(item);
+    const int row_warps = item.rows > 32 ? 4 : (item.rows > 16 ? 2 : 1);
+    const int tasks = 64 * row_warps;
     const int begin = whole ? 0 : tasks * item.piece_index / item.piece_count;
     const int end = whole ? tasks : tasks * (item.piece_index + 1) / item.piece_count;
-    constexpr int kWarps = kConsumers / 32;
     int task = begin + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, row_warp = task % row_warps, row = row_warp * 16 + lane / 4;
+    const Share share = {item.piece_count,
+                         reinterpret_cast<const float4*>(piece(item, 1)) + row_warp * 32 + lane,
+                         params.schedule.team * T::kCluster *
+                             static_cast<int64_t>(2 * kPartialBytes / sizeof(float4)),
+                         weights + row,
+                         {inverses[row], inverses[row + 8]},
+                         {rows.valid(row) ? rows.out(row) + lane % 4 * 2 : nullptr,
+                          rows.valid(row + 8) ? rows.out(row + 8) + lane % 4 * 2 : nullptr}};
+    constexpr int kWarps = kConsumers / 32;
+#pragma unroll 1
     for (; task + 3 * kWarps < end; task += 4 * kWarps)
-      merge_tasks<4, 4>(item, rows, weights, inverses, task, kWarps);
+      merge_tiles<4, 4>(share, task / row_warps, kWarps / row_warps);
+#pragma unroll 1
     for (; task < end; task += kWarps)
-      merge_tasks<1, 16>(item, rows, weights, inverses, task, kWarps);
-  }
-  __device__ __forceinline__ static int row_warps(const WorkItem& item) {
-    return (item.rows + 15) / 16;
+      merge_tiles<1, 16>(share, task / row_warps, kWarps / row_warps);
   }
 
-  template <int kTasks, int kInFlight>
-  __device__ __forceinline__ void merge_tasks(const WorkItem& item, const Rows<Element>& rows,
-                                              const float* weights, const float* inverses,
-                                              int first_task, int stride) {
-    const int lane = threadIdx.x % 32;
-    int row[kTasks], tile[kTasks];  // tiles 0-31: warpgroup 0's columns, then 1's
-    float4 sum[kTasks] = {};
+  // What a warp's tasks have in common.
+  struct Share {
+    int pieces;
+    const float4* second;  // this lane's first values of piece 1; piece 0 lies elsewhere
+    int64_t piece_stride;  // in float4
+    const float* weight;   // of this lane's row in piece 0
+    float inverse[2];      // of this lane's two rows
+    Element* out[2];       // null: no such row
+  };
+  // Piece 0 lies in slot 1 of its CTA, the others in slot 0 of theirs.
+  __device__ __forceinline__ static const float4* values(const Share& share, int k) {
+    const float4* values = share.second + (k - 1) * share.piece_stride;
+    return k == 0 ? values + kPartialBytes / sizeof(float4) : values;
+  }
+
+  // Tiles 0-31 are warpgroup 0's columns, 32-63 warpgroup 1's.
+  template <int kTiles, int kInFlight>
+  __device__ __forceinline__ void merge_tiles(const Share& share, int first_tile, int stride) {
+    int offset[kTiles];
+    float4 sum[kTiles] = {};
 #pragma unroll
-    for (int t = 0; t < kTasks; ++t) {
-      row[t] = (first_task + t * stride) % row_warps(item) * 16 + lane / 4;
-      tile[t] = (first_task + t * stride) / row_warps(item);
+    for (int t = 0; t < kTiles; ++t) {
+      const int tile = first_tile + t * stride;
+      offset[t] = tile % 32 * kConsumers + tile / 32 * kWarpgroup;
     }
 #pragma unroll 1
-    for (int first = 0; first < item.piece_count; first += kInFlight) {
-      float4 value[kTasks][kInFlight];
+    for (int first = 0; first < share.pieces; first += kInFlight) {
+      float4 value[kInFlight][kTiles];
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
-        if (first + j >= item.piece_count) break;
-        const float4* source = reinterpret_cast<const float4*>(piece(item, first + j));
+        if (first + j >= share.pieces) break;
+        const float4* source = values(share, first + j);
 #pragma unroll
-        for (int t = 0; t < kTasks; ++t) {
-          const int thread = tile[t] / 32 * kWarpgroup + row[t] / 16 * 32 + lane;
-          value[t][j] = __ldcg(source + tile[t] % 32 * kConsumers + thread);
-        }
+        for (int t = 0; t < kTiles; ++t) value[j][t] = __ldcg(source + offset[t]);
       }
 #pragma unroll
       for (int j = 0; j < kInFlight; ++j) {
-        if (first + j >= item.piece_count) break;
+        if (first + j >= share.pieces) break;
+        const float weight[2] = {share.weight[(first + j) * kTileRows],
+                                 share.weight[(first + j) * kTileRows + 8]};
 #pragma unroll
-        for (int t = 0; t < kTasks; ++t) {
-          const float* weight = weights + (first + j) * kTileRows + row[t];
-          sum[t].x += weight[0] * value[t][j].x;
-          sum[t].y += weight[0] * value[t][j].y;
-          sum[t].z += weight[8] * value[t][j].z;
-          sum[t].w += weight[8] * value[t][j].w;
+        for (int t = 0; t < kTiles; ++t) {
+          sum[t].x += weight[0] * value[j][t].x;
+          sum[t].y += weight[0] * value[j][t].y;
+          sum[t].z += weight[1] * value[j][t].z;
+          sum[t].w += weight[1] * value[j][t].w;
         }
       }
     }
 #pragma unroll
-    for (int t = 0; t < kTasks; ++t) {
-      const float inverse[2] = {inverses[row[t]], inverses[row[t] + 8]};
-      const int column = tile[t] * 8 + (lane % 4) * 2;
-      if (row[t] < item.rows) {
-        *reinterpret_cast<uint32_t*>(rows.out(row[t]) + column) =
+    for (int t = 0; t < kTiles; ++t) {
+      const int column = (first_tile + t * stride) * 8;
+      const float* inverse = share.inverse;
+      if (share.out[0] != nullptr) {
+        *reinterpret_cast<uint32_t*>(share.out[0] + column) =
             pack<Element>(sum[t].x * inverse[0], sum[t].y * inverse[0]);
       }
-      if (row[t] + 8 < item.rows) {
-        *reinterpret_cast<uint32_t*>(rows.out(row[t] + 8) + column) =
+      if (share.out[1] != nullptr) {
+        *reinterpret_cast<uint32_t*>(share.out[1] + column) =
             pack<Element>(sum[t].z * inverse[1], sum[t].w * inverse[1]);
       }
     }

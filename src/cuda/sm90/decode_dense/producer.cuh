@@ -1,5 +1,5 @@
-// The producer warpgroup: one warp brings pages by TMA, three bring Q and the description of the
-// work.
+// The producer warpgroup: one warp brings pages, another Q and the description of the work, both by
+// TMA. work.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -10,8 +10,7 @@ namespace flash_mla::cuda::decode_dense {
 template <typename T>
 struct Producer {
   const KernelParams& params;
-  const CUtensorMap& half_map;  // boxes of four tiles
-  const CUtensorMap& rope_map;  // boxes of one tile
+  const TensorMaps& maps;
   SharedStorage& shared;
   Position<T::kCluster> position;
 
@@ -42,32 +41,33 @@ struct Producer {
     }
   }
 
-  // Q's rows of each item, swizzled as nine tiles of 64 x 64, rows past the last one zero; and the
-  // item itself. One thread walks through shared memory, which leaves the registers to the copies.
-  __device__ void load_queries() {
+  // Q's rows of each item, and the item itself, by one thread. A warp of its own, so that the next
+  // item's Q need not wait behind its pages, nor they behind it.
+  __device__ void load_queries(Walk walk) {
+    namespace p = ::cuda::ptx;
+    if (threadIdx.x % 32 != 0) return;
     for (uint32_t use = 0;; ++use) {
       ptx::mbarrier_wait(&shared.q_empty, (use & 1) ^ 1);
       WorkItem& item = shared.items[use & 1];
-      if (threadIdx.x == kQueryLeader) next_item(params, position, shared.query_walk, item);
-      ptx::named_barrier_sync(kQueryWarpsMeet, kQueryWarps * 32);
-      if (!item.end) {
-        copy_rows(item);
-        ptx::copy_async_wait_all();
-        ptx::fence_proxy_async();
-      }
-      ::cuda::ptx::mbarrier_arrive(&shared.q_full);
-      if (item.end) return;
+      next_item(params, position, walk, item);
+      if (item.end) break;
+      p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, &shared.q_full,
+                                   kPageBytes);
+      const int32_t at[5] = {0, item.head * params.heads_per_kv + item.first_row % params.map_width,
+                             item.first_row / params.map_width, 0, item.request};
+      ptx::load_box<false>(&maps.query, shared.q, &shared.q_full, at, 0);
     }
+    p::mbarrier_arrive(&shared.q_full);
   }
 
  private:
   template <int kBuffer>
   __device__ void load_page(int page, int head, uint32_t use) {
     uint8_t* buffer = shared.page[kBuffer];
-    load_part<kBuffer, kLeft>(half_map, buffer, kHalfBytes, 0, head, page, use, 0);
-    load_part<kBuffer, kRight>(half_map, buffer + kHalfBytes, kHalfBytes, kHalfTiles, head, page,
+    load_part<kBuffer, kLeft>(maps.half, buffer, kHalfBytes, 0, head, page, use, 0);
+    load_part<kBuffer, kRight>(maps.half, buffer + kHalfBytes, kHalfBytes, kHalfTiles, head, page,
                                use, 1);
-    load_part<kBuffer, kRope>(rope_map, buffer + kRopeOffset, kTileBytes, 2 * kHalfTiles, head,
+    load_part<kBuffer, kRope>(maps.rope, buffer + kRopeOffset, kTileBytes, 2 * kHalfTiles, head,
                               page, use, kBuffer);
   }
 
@@ -80,31 +80,8 @@ struct Producer {
     ptx::mbarrier_wait(&shared.empty[kBuffer][kPart], (use & 1) ^ 1);
     p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, full, bytes);
     if (!T::kMulticast || position.rank == sender) {
-      ptx::load_box<T::kMulticast>(&map, destination, full, tile, head, page, T::kClusterMask);
-    }
-  }
-
-  __device__ void copy_rows(const WorkItem& item) {
-    const int warp = threadIdx.x / 32 - kPageWarp - 1, lane = threadIdx.x % 32;
-    using Element = typename T::Element;
-    constexpr int kChunksPerRow = kHeadDimQk / 8;
-    const DecodeParams& decode = params.decode;
-    const Element* base = static_cast<const Element*>(decode.q) + item.request * decode.stride_q_b +
-                          static_cast<int64_t>(item.head) * params.heads_per_kv * decode.stride_q_h;
-    const uint32_t q = ptx::shared_address(shared.q);
-    int s = (item.first_row + warp) / params.heads_per_kv;
-    int head = (item.first_row + warp) % params.heads_per_kv;
-    for (int row = warp; row < kTileRows; row += kQueryWarps) {
-      const bool valid = row < item.rows;
-      const Element* source =
-          valid ? base + s * decode.stride_q_s + head * decode.stride_q_h : base;
-#pragma unroll
-      for (int chunk = lane; chunk < kChunksPerRow; chunk += 32) {
-        const uint32_t target =
-            q + chunk / 8 * kTileBytes + row * 128 + (((chunk % 8) ^ (row % 8)) << 4);
-        ptx::copy16_async(target, source + chunk * 8, valid);
-      }
-      for (head += kQueryWarps; head >= params.heads_per_kv; head -= params.heads_per_kv) ++s;
+      const int32_t at[5] = {0, 0, tile, head, page};
+      ptx::load_box<T::kMulticast>(&map, destination, full, at, T::kClusterMask);
     }
   }
 };

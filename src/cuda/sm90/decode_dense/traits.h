@@ -1,6 +1,7 @@
 // Sizes, roles and shared memory of the dense decode kernel, and the parameters it takes.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -35,9 +36,9 @@ inline constexpr int kPageBuffers = 2;
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kConsumers = 2 * kWarpgroup;
 inline constexpr int kThreads = kConsumers + kWarpgroup;
-inline constexpr int kPageWarp = kConsumers / 32;     // issues the page loads
-inline constexpr int kQueryWarps = 3;                 // the other producer warps load Q
-inline constexpr int kQueryLeader = kConsumers + 32;  // the first of their threads
+inline constexpr int kPageWarp = kConsumers / 32;  // issues the page loads
+inline constexpr int kQueryWarp =
+    kConsumers / 32 + 1;  // issues the loads of Q; two more warps idle
 // setmaxnreg draws on the 3 x 168 registers the CTA is launched with: 2 x 232 + 40 = 504.
 inline constexpr int kConsumerRegisters = 232;
 inline constexpr int kProducerRegisters = 40;
@@ -57,7 +58,6 @@ enum NamedBarrier {
   kP1Ready = 2,
   kConsumersMeet = 3,
   kWarpgroupMeets = 4 /* and 5 */,
-  kQueryWarpsMeet = 6
 };
 
 // One run of pages of one (request, kv head) for the 64 query rows of this CTA; written by the
@@ -123,13 +123,22 @@ struct KernelParams {
   ScheduleShape schedule;
   float
       scale_log2;  // |softmax_scale| * log2(e), at least the smallest normal: masked scores stay -inf
-  bool negate_scores;  // softmax_scale < 0
-  int32_t rows;        // s_q * h_q / h_kv
-  int32_t heads_per_kv;
+  bool negate_scores;    // softmax_scale < 0
+  int32_t heads_per_kv;  // h_q / h_kv
+  int32_t
+      row_width;  // numbers that the rows of a query token have; the first heads_per_kv are rows
+  int32_t rows;   // s_q * row_width
+  int32_t map_width;    // of the rows along the query map's axis of heads
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
   std::byte* partials;  // two slots of kPartialBytes per CTA: pieces 1.. of an item go to slot 0,
                         // piece 0 to slot 1
+};
+
+struct TensorMaps {
+  CUtensorMap query;  // boxes of 64 rows x 9 tiles
+  CUtensorMap half;   // of a page, boxes of 64 rows x 4 tiles
+  CUtensorMap rope;   // of a page, boxes of 64 rows x 1 tile
 };
 
 template <typename Element_, int kCluster_>

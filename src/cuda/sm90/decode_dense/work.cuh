@@ -1,4 +1,4 @@
-// Walks the work items of one part. The page warp and the query warps each walk for themselves: a
+// Walks the work items of one part. The page warp and the query warp each walk for themselves: a
 // step costs one cached load.
 #pragma once
 
@@ -20,7 +20,7 @@ struct Position {
 
 // Tokens that row `row` of the kv head's rows sees.
 __device__ __forceinline__ int visible_tokens(const KernelParams& params, int seqlen, int row) {
-  return params.decode.causal ? seqlen - params.decode.s_q + 1 + row / params.heads_per_kv : seqlen;
+  return params.decode.causal ? seqlen - params.decode.s_q + 1 + row / params.row_width : seqlen;
 }
 
 // First step of a walk: the item in which this part begins.
