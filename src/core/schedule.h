@@ -10,6 +10,10 @@
 // it, without talking to anybody.
 //
 // Cuts inside an item fall on even blocks (the kernel works on two pages at a time).
+//
+// A part that ends one item and begins the next pays the overhead twice. Where there are no more
+// items than parts, the planner therefore looks for a payload with which every item takes whole
+// parts (`whole_parts`), and no part has two.
 #pragma once
 
 #include <cstdint>
@@ -60,6 +64,7 @@ FLASH_MLA_HOST_DEVICE std::int32_t schedule_blocks(std::int32_t seqlen) {
 struct Schedule {
   ScheduleShape shape;
   std::int32_t payload = 1;  // cost of one part
+  bool whole_parts = false;  // an item's cost is its blocks alone, rounded up to whole parts
 
   // `total_cost` is the sum of item_cost() over all items, the first one's overhead included; below
   // kMostScheduleCost.
@@ -70,11 +75,22 @@ struct Schedule {
   }
 
   // The schedule whose payload is known already.
-  FLASH_MLA_HOST_DEVICE static Schedule with_payload(const ScheduleShape& shape,
-                                                     std::int32_t payload) {
-    Schedule schedule(shape);
-    schedule.payload = payload;
-    return schedule;
+  FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int32_t payload_in,
+                                 bool whole_parts_in)
+      : shape(shape_in), payload(payload_in), whole_parts(whole_parts_in) {}
+
+  // Whether items that take `pieces` parts of `whole_payload` blocks all together fit, and take no
+  // longer than this schedule.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE bool improved_by_whole_parts(std::int32_t whole_payload,
+                                                                   std::int64_t pieces) const {
+    return pieces <= shape.num_parts && whole_payload <= payload + shape.overhead;
+  }
+  // The least whole payload that may fit: even, and at least min_blocks.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t least_whole_payload(
+      std::int64_t total_blocks) const {
+    const auto even =
+        static_cast<std::int32_t>(ceil_div<std::int64_t>(total_blocks, shape.num_parts) + 1) & ~1;
+    return even > shape.min_blocks ? even : shape.min_blocks;
   }
 
   FLASH_MLA_HOST_DEVICE static std::int64_t request_cost(const ScheduleShape& shape,
@@ -82,13 +98,13 @@ struct Schedule {
     return static_cast<std::int64_t>(shape.items_per_request) * (shape.overhead + blocks);
   }
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t item_cost(std::int32_t blocks) const {
-    return shape.overhead + blocks;
+    return whole_parts ? ceil_div(blocks, payload) * payload : shape.overhead + blocks;
   }
 
   // Where a part begins in the row of items. Every part has an overhead of its own when it begins
   // inside an item; that of the first item is left out, so that a single long item is cut evenly.
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int64_t part_begin(std::int32_t part) const {
-    return static_cast<std::int64_t>(part) * payload + shape.overhead;
+    return static_cast<std::int64_t>(part) * payload + (whole_parts ? 0 : shape.overhead);
   }
 
   // What part `part` does of the item that starts at cost `start` and has `blocks` blocks; may be
@@ -101,6 +117,14 @@ struct Schedule {
   [[nodiscard]] FLASH_MLA_HOST_DEVICE Piece piece_from(std::int32_t relative, std::int32_t blocks,
                                                        std::int32_t part) const {
     Piece piece;
+    if (whole_parts) {
+      piece.begin = clamped(-relative, blocks);
+      piece.end = clamped(payload - relative, blocks);
+      piece.index = -relative / payload;
+      piece.count = ceil_div(blocks, payload);
+      piece.first_part = part - piece.index;
+      return piece;
+    }
     piece.begin = part == 0 ? 0 : blocks_before(-relative, blocks);
     piece.end = blocks_before(payload - relative, blocks);
     if (!shape.split) {
@@ -117,7 +141,9 @@ struct Schedule {
   }
 
  private:
-  FLASH_MLA_HOST_DEVICE explicit Schedule(const ScheduleShape& shape_in) : shape(shape_in) {}
+  FLASH_MLA_HOST_DEVICE static std::int32_t clamped(std::int32_t x, std::int32_t most) {
+    return x < 0 ? 0 : (x > most ? most : x);
+  }
 
   // Blocks of an item that lie before cost `y`, counted from the item's start.
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t blocks_before(std::int32_t y,

@@ -17,16 +17,23 @@ static std::ostream& operator<<(std::ostream& stream, const ScheduleShape& shape
 
 namespace {
 
-// Walks all items and parts and checks every promise of Schedule.
-void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>& lengths) {
-  SCOPED_TRACE(testing::Message() << shape << ", b " << lengths.size());
-  std::int64_t total = 0, longest = 0;
+std::int64_t total_cost_of(const Schedule& schedule, const std::vector<std::int32_t>& lengths) {
+  std::int64_t total = 0;
   for (const std::int32_t length : lengths) {
-    const std::int32_t blocks = schedule_blocks(length);
-    total += Schedule::request_cost(shape, blocks);
-    longest = std::max<std::int64_t>(longest, shape.overhead + blocks);
+    total += std::int64_t{schedule.shape.items_per_request} *
+             schedule.item_cost(schedule_blocks(length));
   }
-  const Schedule schedule(shape, total);
+  return total;
+}
+
+// Walks all items and parts and checks every promise of Schedule.
+void check_parts(const Schedule& schedule, const std::vector<std::int32_t>& lengths) {
+  const ScheduleShape& shape = schedule.shape;
+  const std::int64_t total = total_cost_of(schedule, lengths);
+  std::int64_t longest = 0;
+  for (const std::int32_t length : lengths) {
+    longest = std::max<std::int64_t>(longest, shape.overhead + schedule_blocks(length));
+  }
   // The parts reach over all items.
   ASSERT_GE(schedule.part_begin(shape.num_parts), total);
 
@@ -70,6 +77,31 @@ void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>&
   // A part does its payload, and what even cuts and undivided overheads add; unsplit, up to one
   // item more.
   EXPECT_LE(most, schedule.payload + shape.overhead + (shape.split ? 2 : longest));
+}
+
+// The schedule of ranges, and where items may take whole parts, every such schedule.
+void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>& lengths) {
+  SCOPED_TRACE(testing::Message() << shape << ", b " << lengths.size());
+  std::int64_t total = 0, blocks = 0;
+  for (const std::int32_t length : lengths) {
+    total += Schedule::request_cost(shape, schedule_blocks(length));
+    blocks += std::int64_t{shape.items_per_request} * schedule_blocks(length);
+  }
+  const Schedule ranges(shape, total);
+  check_parts(ranges, lengths);
+  if (!shape.split) return;
+  for (std::int32_t payload = ranges.least_whole_payload(blocks);
+       payload <= ranges.payload + shape.overhead; payload += 2) {
+    std::int64_t pieces = 0;
+    for (const std::int32_t length : lengths) {
+      pieces += shape.items_per_request * ceil_div(schedule_blocks(length), payload);
+    }
+    if (!ranges.improved_by_whole_parts(payload, pieces)) continue;
+    SCOPED_TRACE(testing::Message() << "whole parts of " << payload);
+    const Schedule whole(shape, payload, true);
+    ASSERT_EQ(whole.part_begin(static_cast<std::int32_t>(pieces)), total_cost_of(whole, lengths));
+    check_parts(whole, lengths);
+  }
 }
 
 std::vector<ScheduleShape> shapes() {

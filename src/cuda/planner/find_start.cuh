@@ -43,6 +43,7 @@ template <int kThreads>
 struct FindStartScratch {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
   std::uint32_t warp_units[kThreads / 32];  // costs, of one item of each request
+  std::int32_t whole[kThreads / 32];        // payloads with which items take whole parts, or 0
   Start start;
 };
 
@@ -96,35 +97,63 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     total += scratch.warp_units[i];
   }
   schedule = Schedule(shape, static_cast<std::int64_t>(total) * shape.items_per_request);
-  // In units: the request whose items hold the part's begin.
-  const std::int64_t begin = schedule.part_begin(part);
-  const std::uint32_t position =
-      static_cast<std::uint32_t>(begin) / static_cast<std::uint32_t>(shape.items_per_request);
-
-  if (position >= total) {
-    if (threadIdx.x == 0) {
-      scratch.start = {b, 0, static_cast<std::int64_t>(total) * shape.items_per_request};
+  bool mine = true;  // this warp's range holds the part's begin, if any does
+  if (shape.split && b * shape.items_per_request <= shape.num_parts) {
+    // Every warp tries another payload.
+    const std::int64_t blocks =
+        static_cast<std::int64_t>(total - b * shape.overhead) * shape.items_per_request;
+    const std::int32_t payload = schedule.least_whole_payload(blocks) + 2 * warp;
+    std::int32_t pieces = 0;
+#pragma unroll 1
+    for (std::int32_t at = lane; at < b; at += 32) {
+      pieces += ceil_div(schedule_blocks(clamp_seqlen(cache_seqlens[at], max_len)), payload);
     }
-  } else if (position >= before && position < before + units) {
+    pieces = __reduce_add_sync(kAllLanes, pieces) * shape.items_per_request;
+    if (lane == 0) {
+      scratch.whole[warp] = schedule.improved_by_whole_parts(payload, pieces) ? payload : 0;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < kWarps && !schedule.whole_parts; ++i) {
+      if (scratch.whole[i] > 0) schedule = Schedule(shape, scratch.whole[i], true);
+    }
+  }
+  std::int32_t first = warp_begin, last = warp_end;
+  if (schedule.whole_parts) {
+    // Costs are others now, and requests few: one warp goes through them all.
+    mine = warp == 0;
+    before = 0;
+    first = 0;
+    last = b;
+  }
+  // In costs of one item of each request.
+  const std::uint32_t position = static_cast<std::uint32_t>(schedule.part_begin(part)) /
+                                 static_cast<std::uint32_t>(shape.items_per_request);
+  if (!schedule.whole_parts) {
+    mine = position >= total ? warp == 0 : position >= before && position < before + units;
+    if (position >= total) first = last;
+  }
+  if (mine) {
+    if (lane == 0) scratch.start = {b, 0, 0};
+    __syncwarp();
     // The lengths are in the cache now; one row at a time keeps the code, which every launch
     // fetches anew, short.
 #pragma unroll 1
-    for (std::int32_t at = warp_begin + lane;; at += 32) {
-      const std::int32_t seqlen = at < warp_end ? cache_seqlens[at] : 0;
-      const std::uint32_t own = at < warp_end ? unit_cost(seqlen) : 0;
+    for (std::int32_t row = first; row < last && before <= position; row += 32) {
+      const std::int32_t at = row + lane;
+      const std::int32_t seqlen = at < last ? clamp_seqlen(cache_seqlens[at], max_len) : 0;
+      const std::uint32_t own = at < last ? schedule.item_cost(schedule_blocks(seqlen)) : 0;
       std::uint32_t up_to = own;  // inclusive scan over the row
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const std::uint32_t left = __shfl_up_sync(kAllLanes, up_to, distance);
         if (lane >= distance) up_to += left;
       }
-      const std::uint32_t first = before + up_to - own;
-      if (first <= position && position < first + own) {
-        scratch.start = {at, clamp_seqlen(seqlen, max_len),
-                         static_cast<std::int64_t>(first) * shape.items_per_request};
+      const std::uint32_t start = before + up_to - own;
+      if (start <= position && position < start + own) {
+        scratch.start = {at, seqlen, static_cast<std::int64_t>(start) * shape.items_per_request};
       }
       before += __shfl_sync(kAllLanes, up_to, 31);
-      if (position < before) break;
     }
   }
   __syncthreads();

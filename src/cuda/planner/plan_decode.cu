@@ -122,7 +122,9 @@ __global__ void __launch_bounds__(kThreads) plan_split(const __grid_constant__ P
     const std::int32_t seqlen =
         exists ? clamp_seqlen(args.cache_seqlens[request], args.max_len) : 0;
     const std::int32_t blocks = schedule_blocks(seqlen);
-    const std::int64_t cost = exists ? Schedule::request_cost(args.shape, blocks) : 0;
+    const std::int64_t cost = exists ? static_cast<std::int64_t>(args.shape.items_per_request) *
+                                           schedule.item_cost(blocks)
+                                     : 0;
 
     std::int64_t start = 0, scanned_cost = 0;
     CostScan(cost_scan).ExclusiveSum(cost, start, scanned_cost);
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) plan_split(const __grid_constant__ P
     std::int32_t pieces = 0;
     if (exists) {
       const std::int64_t first_part =
-          ceil_div<std::int64_t>(start - args.shape.overhead, schedule.payload);
+          ceil_div<std::int64_t>(start - schedule.part_begin(0), schedule.payload);
       for (std::int32_t part = max(static_cast<std::int32_t>(first_part), 0);
            part < args.shape.num_parts && schedule.part_begin(part) < start + cost; ++part) {
         starts[part] = {request, seqlen, start};

@@ -74,7 +74,8 @@ struct WorkItem {
 
 // How far a CTA is in its part (work.cuh).
 struct Walk {
-  int32_t payload;  // cost of a part
+  int32_t payload;   // of the schedule
+  bool whole_parts;  // likewise
   int32_t request, seqlen;
   int32_t item;      // of the request's items
   int32_t relative;  // cost at which the item starts, from the part's begin

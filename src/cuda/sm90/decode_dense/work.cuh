@@ -25,7 +25,7 @@ __device__ __forceinline__ int visible_tokens(const KernelParams& params, int se
 
 // First step of a walk: the item in which this part begins.
 __device__ inline Walk begin_walk(const Schedule& schedule, const Start& start, int part) {
-  Walk walk = {schedule.payload, start.request, start.seqlen, 0, 0};
+  Walk walk = {schedule.payload, schedule.whole_parts, start.request, start.seqlen, 0, 0};
   walk.relative = static_cast<int32_t>(start.request_start_cost - schedule.part_begin(part));
   // Of the request's items, all equal in cost, skip those that end before this part begins.
   const int32_t cost = schedule.item_cost(schedule_blocks(walk.seqlen));
@@ -41,7 +41,7 @@ __device__ __forceinline__ void next_item(const KernelParams& params,
                                           WorkItem& item) {
   const DecodeParams& decode = params.decode;
   const ScheduleShape& shape = params.schedule;
-  const Schedule schedule = Schedule::with_payload(shape, walk.payload);
+  const Schedule schedule(shape, walk.payload, walk.whole_parts);
   while (walk.request < decode.b && walk.relative < walk.payload) {
     const int blocks = schedule_blocks(walk.seqlen);
     const Piece piece = schedule.piece_from(walk.relative, blocks, position.part);
