@@ -118,6 +118,10 @@ class AmxProducts {
       config.row_bytes[tile] = kTileBytes;
       config.rows[tile] = kTileRows;
     }
+    // NOTE: GCC 12's intrinsic names the first 8 bytes of the operand alone as read, and the stores
+    // to the rest may be dropped: tiles of no size, and SIGILL at the first product (seen on a Xeon
+    // with AMX, 2026-11-23).
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
 

@@ -136,7 +136,7 @@ std::vector<DecodeCase> gpu_decode_cases() {
 DecodeProblem::DecodeProblem(const DecodeCase& decode_case, std::uint32_t seed)
     : case_(decode_case) {
   std::mt19937 random(seed);
-  std::normal_distribution<double> normal;
+  std::normal_distribution<double> normal(0.0, case_.deviation);
   const auto b = static_cast<int>(case_.lengths.size());
   int used_pages = 0, most_pages = 0;
   for (const int length : case_.lengths) {

@@ -24,6 +24,7 @@ struct DecodeCase {
   bool with_lse = true;
   EmptyLse empty_lse = EmptyLse::kPositiveInfinity;
   double softmax_scale = 1.0 / 24.0;
+  double deviation = 1.0;  // of q and kv_cache, which are normally distributed
 };
 
 std::ostream& operator<<(std::ostream& stream, const DecodeCase& decode_case);

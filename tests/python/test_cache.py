@@ -59,9 +59,8 @@ def test_paged_cache_decodes(device: str) -> None:
 
     def add(name: str, t: int, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
-        new = torch.randn((t, 576), generator=generator, dtype=torch.float32, device=device).to(
-            torch.bfloat16
-        )
+        new = torch.randn((t, 576), generator=generator, dtype=torch.float32, device=device)
+        new = (new / 10).to(torch.bfloat16)  # the scale that the field's tolerance is made for
         if name not in cache:
             cache.allocate(name)
         cache.append(name, new[:, :512], new[:, 512:])

@@ -113,12 +113,16 @@ class EngineToday:
 class EngineBatchInvariant(EngineToday):
     """Writes a plan of one row itself."""
 
+    def prepare(self) -> None:
+        super().prepare()
+        device = self.static.q.device
+        row = [0, 0, self.b - 1, MAX_PAGES, 0, 0, 0, 0]
+        self.row = torch.tensor([row], dtype=torch.int32, device=device)
+        self.splits = torch.zeros(self.b + 1, dtype=torch.int32, device=device)
+
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        row = torch.zeros((1, 8), dtype=torch.int32, device=self.static.q.device)
-        row[0, 2] = self.b - 1
-        row[0, 3] = MAX_PAGES
-        self.metadata.tile_scheduler_metadata = row
-        self.metadata.num_splits = torch.zeros(self.b + 1, dtype=torch.int32, device=row.device)
+        self.metadata.tile_scheduler_metadata = self.row
+        self.metadata.num_splits = self.splits
         return super().step()
 
 

@@ -4,6 +4,6 @@
 namespace flash_mla::cuda::decode_dense {
 
 template Status launch<Traits<__nv_bfloat16, 1>>(const KernelParams&, const TensorMaps&, int32_t,
-                                                 cudaStream_t) noexcept;
+                                                 int32_t, cudaStream_t) noexcept;
 
 }  // namespace flash_mla::cuda::decode_dense

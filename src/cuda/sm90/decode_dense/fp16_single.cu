@@ -3,7 +3,7 @@
 
 namespace flash_mla::cuda::decode_dense {
 
-template Status launch<Traits<__half, 1>>(const KernelParams&, const TensorMaps&, int32_t,
+template Status launch<Traits<__half, 1>>(const KernelParams&, const TensorMaps&, int32_t, int32_t,
                                           cudaStream_t) noexcept;
 
 }  // namespace flash_mla::cuda::decode_dense

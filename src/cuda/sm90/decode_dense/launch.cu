@@ -15,9 +15,10 @@ using namespace decode_dense;
 
 template <typename Element>
 Status launch_for(const KernelParams& params, const DecodeConfig& config, const TensorMaps& maps,
-                  cudaStream_t stream) noexcept {
-  return config.cluster == 2 ? launch<Traits<Element, 2>>(params, maps, config.ctas, stream)
-                             : launch<Traits<Element, 1>>(params, maps, config.ctas, stream);
+                  std::int32_t device, cudaStream_t stream) noexcept {
+  return config.cluster == 2
+             ? launch<Traits<Element, 2>>(params, maps, config.ctas, device, stream)
+             : launch<Traits<Element, 1>>(params, maps, config.ctas, device, stream);
 }
 
 }  // namespace
@@ -46,8 +47,8 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   return decode_params.dtype == DType::kFp16
-             ? launch_for<__half>(params, config, maps, cuda_stream)
-             : launch_for<__nv_bfloat16>(params, config, maps, cuda_stream);
+             ? launch_for<__half>(params, config, maps, device, cuda_stream)
+             : launch_for<__nv_bfloat16>(params, config, maps, device, cuda_stream);
 }
 
 }  // namespace flash_mla::cuda

@@ -13,7 +13,7 @@ namespace flash_mla::cuda::decode_dense {
 // T: Traits<__nv_bfloat16 or __half, 1 or 2>. `ctas` is a multiple of T::kCluster. The device is
 // current.
 template <typename T>
-Status launch(const KernelParams& params, const TensorMaps& maps, int32_t ctas,
+Status launch(const KernelParams& params, const TensorMaps& maps, int32_t ctas, int32_t device,
               cudaStream_t stream) noexcept;
 
 }  // namespace flash_mla::cuda::decode_dense
