@@ -39,13 +39,9 @@ __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32
       : "memory");
 }
 
-// Named barriers: `threads` threads meet; those that only signal arrive, those that need the others
-// sync.
+// Named barrier: `threads` threads meet.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Makes this thread's writes to shared memory visible to the copy engine and the tensor cores.
