@@ -11,6 +11,11 @@
 //
 // Cuts inside an item fall on even blocks (the kernel works on two pages at a time).
 //
+// A part that begins or ends inside an item pays for it: another overhead, and a partial result to
+// write and to merge. Where all items are equal and there are more of them than parts, the cuts are
+// therefore laid between items when that makes a part longer by no more than two overheads
+// (align_to_items).
+//
 // A part that ends one item and begins the next pays the overhead twice. Where there are no more
 // items than parts, the planner therefore looks for a payload with which every item takes whole
 // parts (`whole_parts`), and no part has two.
@@ -78,6 +83,13 @@ struct Schedule {
   FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int32_t payload_in,
                                  bool whole_parts_in)
       : shape(shape_in), payload(payload_in), whole_parts(whole_parts_in) {}
+
+  // Lays the cuts between items, all of which cost `cost`, when that costs no more than cutting
+  // them.
+  FLASH_MLA_HOST_DEVICE void align_to_items(std::int64_t items, std::int32_t cost) {
+    const std::int64_t aligned = ceil_div<std::int64_t>(items, shape.num_parts) * cost;
+    if (aligned <= payload + 2 * shape.overhead) payload = static_cast<std::int32_t>(aligned);
+  }
 
   // Whether items that take `pieces` parts of `whole_payload` blocks all together fit, and take no
   // longer than this schedule.

@@ -79,6 +79,27 @@ void check_parts(const Schedule& schedule, const std::vector<std::int32_t>& leng
   EXPECT_LE(most, schedule.payload + shape.overhead + (shape.split ? 2 : longest));
 }
 
+// Equal items and more of them than parts: the cuts may lie between them, and then nothing is
+// split.
+void check_aligned(Schedule schedule, const std::vector<std::int32_t>& lengths) {
+  const std::int64_t items =
+      static_cast<std::int64_t>(lengths.size()) * schedule.shape.items_per_request;
+  const std::int32_t blocks = schedule_blocks(lengths.front());
+  const std::int32_t payload = schedule.payload;
+  schedule.align_to_items(items, schedule.item_cost(blocks));
+  if (schedule.payload == payload) return;
+  SCOPED_TRACE(testing::Message() << "aligned to items, payload " << schedule.payload);
+  check_parts(schedule, lengths);
+  for (std::int64_t item = 0; item < items; ++item) {
+    const std::int64_t start = item * schedule.item_cost(blocks);
+    const auto part = static_cast<std::int32_t>(start / schedule.payload);
+    const Piece piece = schedule.piece(start, blocks, part);
+    ASSERT_EQ(piece.begin, 0);
+    ASSERT_EQ(piece.end, blocks);
+    ASSERT_EQ(piece.count, 1);
+  }
+}
+
 // The schedule of ranges, and where items may take whole parts, every such schedule.
 void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>& lengths) {
   SCOPED_TRACE(testing::Message() << shape << ", b " << lengths.size());
@@ -89,7 +110,11 @@ void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>&
   }
   const Schedule ranges(shape, total);
   check_parts(ranges, lengths);
-  if (!shape.split) return;
+  if (!shape.split || lengths.empty()) return;
+  const bool equal = std::all_of(lengths.begin(), lengths.end(), [&](std::int32_t length) {
+    return schedule_blocks(length) == schedule_blocks(lengths.front());
+  });
+  if (equal) check_aligned(ranges, lengths);
   for (std::int32_t payload = ranges.least_whole_payload(blocks);
        payload <= ranges.payload + shape.overhead; payload += 2) {
     std::int64_t pieces = 0;

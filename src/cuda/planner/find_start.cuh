@@ -43,6 +43,7 @@ template <int kThreads>
 struct FindStartScratch {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
   std::uint32_t warp_units[kThreads / 32];  // costs, of one item of each request
+  std::uint32_t warp_most[kThreads / 32];   // the largest of them
   std::int32_t whole[kThreads / 32];        // payloads with which items take whole parts, or 0
   Start start;
 };
@@ -73,7 +74,7 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
   const auto unit_cost = [&](std::int32_t seqlen) -> std::uint32_t {
     return shape.overhead + schedule_blocks(clamp_seqlen(seqlen, max_len));
   };
-  std::uint32_t units = 0;
+  std::uint32_t units = 0, most = 0;
 #pragma unroll 1
   for (std::int32_t at = warp_begin + lane; at < warp_end; at += kRows * 32) {
     std::int32_t seqlens[kRows];
@@ -83,11 +84,19 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     }
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      if (at + row * 32 < warp_end) units += unit_cost(seqlens[row]);
+      if (at + row * 32 < warp_end) {
+        const std::uint32_t unit = unit_cost(seqlens[row]);
+        units += unit;
+        most = max(most, unit);
+      }
     }
   }
   units = __reduce_add_sync(kAllLanes, units);
-  if (lane == 0) scratch.warp_units[warp] = units;
+  most = __reduce_max_sync(kAllLanes, most);
+  if (lane == 0) {
+    scratch.warp_units[warp] = units;
+    scratch.warp_most[warp] = most;
+  }
   __syncthreads();
 
   std::uint32_t total = 0, before = 0;
@@ -95,10 +104,13 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
   for (int i = 0; i < kWarps; ++i) {
     if (i == warp) before = total;
     total += scratch.warp_units[i];
+    most = max(most, scratch.warp_most[i]);
   }
   schedule = Schedule(shape, static_cast<std::int64_t>(total) * shape.items_per_request);
   bool mine = true;  // this warp's range holds the part's begin, if any does
-  if (shape.split && b * shape.items_per_request <= shape.num_parts) {
+  if (shape.split && b * shape.items_per_request > shape.num_parts) {
+    if (total == b * most) schedule.align_to_items(b * shape.items_per_request, most);
+  } else if (shape.split) {
     // Every warp tries another payload.
     const std::int64_t blocks =
         static_cast<std::int64_t>(total - b * shape.overhead) * shape.items_per_request;

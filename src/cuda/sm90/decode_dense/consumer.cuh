@@ -27,8 +27,8 @@ struct Consumer {
   uint32_t p[4][4];  // the same as probabilities, as A fragments
   uint32_t q[kQueryRegisterTiles > 0 ? kQueryRegisterTiles : 1][4][4];
   float row_max[2], row_sum[2];
-  uint32_t phases =
-      0;  // bit 0: of page buffer W; bit 1: of Q and its item (one register, or one of them spills)
+  // Bit 0: phase of page buffer W; bit 1: of Q and its item. One register: of two, one spills.
+  uint32_t phases = 0;
 
   __device__ __forceinline__ Consumer(const KernelParams& params_in, SharedStorage& shared_in)
       : params(params_in), shared(shared_in) {}
