@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 try:
@@ -124,6 +125,33 @@ def cuda_device(index: int) -> CudaDevice:
         bool(supported),
         why_not.value.decode(),
     )
+
+
+def fast_decode() -> Callable | None:
+    """The extension's eager decode (bindings/fast_decode.cpp), or None where this build or this PyTorch lacks what it needs."""
+    try:
+        make = ctypes.PyDLL(_LIBRARY._name).flash_mla_python_fast_decode
+        arguments = (
+            torch.Tensor.__dlpack_c_exchange_api__,
+            torch.Tensor,
+            torch._C._dynamo.guards._empty_strided_cpu,
+            torch._C._dynamo.guards._empty_strided_cuda,
+            torch.bfloat16,
+            torch.float16,
+            torch.float32,
+            (
+                torch._C._len_torch_function_stack,
+                torch._C._len_torch_dispatch_stack,
+                torch._C._is_tracing,
+                torch._C._autograd._profiler_enabled,
+            ),
+            "requires_grad",
+        )
+    except AttributeError:
+        return None
+    make.argtypes = [ctypes.py_object] * len(arguments)
+    make.restype = ctypes.py_object
+    return make(*arguments)
 
 
 def plan_size(device: torch.device, s_q: int, h_q: int, h_kv: int, page_size: int) -> int:

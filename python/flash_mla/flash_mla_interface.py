@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _errors
+from . import _errors, _library
 from . import metadata as _metadata
 from .metadata import FlashMLASchedMeta, get_mla_decoding_metadata, get_mla_metadata
 from .unsupported import (
@@ -37,6 +37,8 @@ _DEFAULT_SCALE = 576**-0.5
 
 _decode = torch.ops.flash_mla.decode.default
 _decode_out = torch.ops.flash_mla.decode_out.default
+_fast_decode = _library.fast_decode()
+_is_compiling = torch.compiler.is_compiling
 
 
 def flash_mla_with_kvcache(
@@ -154,7 +156,16 @@ def flash_mla_with_kvcache(
     )
     try:
         if out is None and lse is None:
-            out, lse = _decode(
+            # PyTorch's dispatcher costs more than all the rest of a call on the host, so it is left
+            # out where it has nothing to do. The eager function finds that out, and answers None
+            # where the operator has to be asked: for its arguments, the modes in force, any error.
+            results = None
+            if not _is_compiling() and _fast_decode is not None and not validate:
+                results = _fast_decode(
+                    q, k_cache, block_table, cache_seqlens, softmax_scale, causal, plan, splits,
+                    bool(enable_batch_invariant),
+                )  # fmt: skip
+            out, lse = results or _decode(
                 q, k_cache, block_table, cache_seqlens, softmax_scale, causal, plan, splits,
                 bool(enable_batch_invariant), bool(validate),
             )  # fmt: skip

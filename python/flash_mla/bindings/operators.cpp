@@ -1,16 +1,15 @@
 // The operators torch.ops.flash_mla.*: thin calls of the library. All checking of arguments is the
 // library's.
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "decode_call.h"
 #include "flash_mla/flash_mla.h"
 #include "tensor.h"
 #include "workspace.h"
@@ -19,27 +18,6 @@ namespace flash_mla::python {
 namespace {
 
 constexpr std::int64_t kInt32Max = std::numeric_limits<std::int32_t>::max();
-
-// The CPU backend uses as many threads as PyTorch does.
-void follow_torch_threads(Device device) {
-  if (device.type != DeviceType::kCpu) return;
-  static std::atomic<std::uint32_t> last{0};
-  std::uint32_t threads = 0;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
-  if (threads == last.exchange(threads)) return;
-  check(set_cpu_num_threads(static_cast<std::int32_t>(threads)));
-}
-
-// The GPU kernel loads q in rows of 16 bytes. Engines pass slices of larger tensors, so what is not
-// aligned is copied.
-bool is_aligned(const TensorView& q) {
-  const std::int64_t elements = 16 / dtype_size(q.dtype);
-  if (reinterpret_cast<std::uintptr_t>(q.data) % 16 != 0) return false;
-  for (int axis = 0; axis < 3; ++axis) {
-    if (q.shape[axis] > 1 && q.stride[axis] % elements != 0) return false;
-  }
-  return true;
-}
 
 // What all forms of the decode operator share. The views borrow from the tensors, which outlive it.
 struct DecodeCall {
@@ -62,8 +40,8 @@ struct DecodeCall {
     if (metadata) plan.metadata = view_of(*metadata, "decode: tile_scheduler_metadata");
     if (num_splits) plan.num_splits = view_of(*num_splits, "decode: num_splits");
 
-    if (args.q.device.type == DeviceType::kCuda && args.q.rank == 4 && args.q.stride[3] == 1 &&
-        !is_aligned(args.q)) {
+    // Engines pass slices of larger tensors.
+    if (!is_ready(args.q)) {
       aligned_q = new_tensor({args.q.shape[0], args.q.shape[1], args.q.shape[2], args.q.shape[3]},
                              args.q.dtype, args.q.device);
       torch::stable::copy_(*aligned_q, q);
@@ -74,12 +52,7 @@ struct DecodeCall {
   void run(const Tensor& out, const Tensor& lse) {
     args.out = view_of(out, "decode: out");
     args.lse = view_of(lse, "decode: lse");
-    const Device device = args.q.device;
-    follow_torch_threads(device);
-    const StreamHandle stream = current_stream(device);
-    const DecodeWorkspace workspace(args, stream);
-    check(flash_mla::decode(args, plan.metadata.defined() ? &plan : nullptr, workspace.get(),
-                            stream));
+    run_decode(args, plan);
   }
 };
 
@@ -93,8 +66,7 @@ std::tuple<Tensor, Tensor> decode(const Tensor& q, const Tensor& kv_cache,
                   num_splits, batch_invariant, validate);
   const TensorView& q_view = call.args.q;
   std::int64_t b = q_view.shape[0], s_q = q_view.shape[1], h_q = q_view.shape[2];
-  // What run() is going to refuse gets no results to allocate.
-  if (q_view.rank != 4 || static_cast<double>(b) * s_q * h_q > kInt32Max) b = s_q = h_q = 0;
+  if (!has_results(q_view)) b = s_q = h_q = 0;
   Tensor out = new_tensor({b, s_q, h_q, kHeadDimV}, q_view.dtype, q_view.device);
   Tensor lse = new_tensor({b, h_q, s_q}, DType::kFp32, q_view.device);
   call.run(out, lse);

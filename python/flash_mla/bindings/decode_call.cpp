@@ -1,0 +1,48 @@
+// One decode, from either way into it: the operator or the eager function.
+#include "decode_call.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+
+#include "flash_mla/backend.h"
+#include "workspace.h"
+
+namespace flash_mla::python {
+
+bool is_ready(const TensorView& q) {
+  if (q.device.type != DeviceType::kCuda || q.rank != 4 || q.stride[3] != 1) return true;
+  // The GPU kernel loads q in rows of 16 bytes.
+  const std::int64_t elements = 16 / dtype_size(q.dtype);
+  if (reinterpret_cast<std::uintptr_t>(q.data) % 16 != 0) return false;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (q.shape[axis] > 1 && q.stride[axis] % elements != 0) return false;
+  }
+  return true;
+}
+
+bool has_results(const TensorView& q) {
+  return q.rank == 4 && static_cast<double>(q.shape[0]) * q.shape[1] * q.shape[2] <=
+                            std::numeric_limits<std::int32_t>::max();
+}
+
+void follow_torch_threads(Device device) {
+  if (device.type != DeviceType::kCpu) return;
+  static std::atomic<std::uint32_t> last{0};
+  std::uint32_t threads = 0;
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  if (threads == last.exchange(threads)) return;
+  check(set_cpu_num_threads(static_cast<std::int32_t>(threads)));
+}
+
+void run_decode(const DecodeArgs& args, const DecodePlan& plan) {
+  const Device device = args.q.device;
+  follow_torch_threads(device);
+  const StreamHandle stream = current_stream(device);
+  const DecodeWorkspace workspace(args, stream);
+  check(decode(args, plan.metadata.defined() ? &plan : nullptr, workspace.get(), stream));
+}
+
+}  // namespace flash_mla::python

@@ -1,0 +1,22 @@
+// One decode, from either way into it: the operator or the eager function.
+#pragma once
+
+#include "flash_mla/decode.h"
+#include "tensor.h"
+
+namespace flash_mla::python {
+
+// True unless q has to be copied before a GPU can load it. Of a q of a wrong rank the library says
+// what is wrong.
+[[nodiscard]] bool is_ready(const TensorView& q);
+
+// False for a q for whose results no memory should be asked for, because decode() refuses it.
+[[nodiscard]] bool has_results(const TensorView& q);
+
+// The CPU backend uses as many threads as PyTorch does.
+void follow_torch_threads(Device device);
+
+// Decodes in PyTorch's current stream of q's device. Throws what check() throws.
+void run_decode(const DecodeArgs& args, const DecodePlan& plan);
+
+}  // namespace flash_mla::python
