@@ -111,6 +111,9 @@ def flash_mla_with_kvcache(
     Runs in the current stream of q's device, without synchronising, and may be captured in a CUDA
     graph and replayed with other lengths, tables and contents. CPU tensors are decoded on the CPU.
 
+    The operator is `torch.ops.flash_mla.decode`, and what compiles, traces, profiles or intercepts
+    operators sees it. Where nothing does, a call goes past PyTorch's dispatcher, to the same effect.
+
     Raises:
         ValueError: a shape, stride, alignment, range or device is wrong. Nothing was written; this
             holds for all errors.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 
 import pytest
@@ -12,6 +13,11 @@ from test_errors import DECODE_ERRORS, arguments
 import flash_mla
 from flash_mla import flash_mla_interface as interface
 from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(flash_mla._library._LIBRARY, "flash_mla_python_fast_decode"),
+    reason="the extension was built without Python's headers",
+)
 
 CASES = [
     Case(),
@@ -215,6 +221,24 @@ def test_other_versions_of_pytorch(monkeypatch) -> None:
     """Without one of the things that the eager function is made of, there is none, and calls go on."""
     monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
     assert flash_mla._library.fast_decode() is None
+
+
+def test_threads(device: str, calls) -> None:
+    """Calls of several threads with different shapes, which share what is kept of the last shape."""
+    jobs = [make_inputs(Case(b=b, s_q=s_q), device) for b, s_q in ((1, 1), (2, 3), (5, 2))]
+    wanted = [flash_mla_with_kvcache(*inputs.args(), None) for inputs in jobs]
+
+    def work(number: int) -> bool:
+        results = [flash_mla_with_kvcache(*jobs[number].args(), None) for _ in range(50)]
+        return all(
+            torch.equal(ours, theirs)
+            for result in results
+            for ours, theirs in zip(result, wanted[number], strict=True)
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        assert all(pool.map(work, range(len(jobs))))
+    assert calls == [True] * (len(jobs) * 51)
 
 
 @pytest.mark.cuda

@@ -8,7 +8,9 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <initializer_list>
 
 #include "decode_call.h"
@@ -32,7 +34,7 @@ struct Torch {
   PyObject* bf16 = nullptr;        // dtypes
   PyObject* fp16 = nullptr;
   PyObject* fp32 = nullptr;
-  PyObject* modes = nullptr;  // tuple of functions: something that only the operator serves?
+  PyObject* modes = nullptr;          // tuple of functions, true where the operator is wanted
   PyObject* requires_grad = nullptr;  // the name
 };
 Torch torch_api;
@@ -102,23 +104,45 @@ PyObject* tuple_of(const std::int64_t* values, int count) {
   return tuple;
 }
 
+// The layout of one of the results as Python objects, kept for the next call, whose shapes are
+// mostly the same. Used under the interpreter's lock.
+struct Layout {
+  TensorView view;
+  PyObject* shape = nullptr;
+  PyObject* strides = nullptr;
+
+  // False when there is no memory.
+  bool set(std::initializer_list<std::int64_t> extents) {
+    if (shape != nullptr && std::equal(extents.begin(), extents.end(), view.shape)) return true;
+    Py_XDECREF(shape);
+    Py_XDECREF(strides);
+    view = contiguous_view(nullptr, DType::kUndefined, {}, extents);
+    shape = tuple_of(view.shape, view.rank);
+    strides = shape != nullptr ? tuple_of(view.stride, view.rank) : nullptr;
+    if (strides == nullptr) Py_CLEAR(shape);
+    return shape != nullptr;
+  }
+};
+Layout out_layout, lse_layout;
+
 // A new tensor, and its view; null when it fails or comes on another device than asked for.
-PyObject* new_result(std::initializer_list<std::int64_t> shape, DType dtype, Device device,
-                     TensorView* view) {
-  const TensorView layout = contiguous_view(nullptr, dtype, device, shape);
-  PyObject* const shape_tuple = tuple_of(layout.shape, layout.rank);
-  PyObject* const stride_tuple = tuple_of(layout.stride, layout.rank);
+PyObject* new_result(Layout& layout, std::initializer_list<std::int64_t> shape, DType dtype,
+                     Device device, TensorView* view) {
+  if (!layout.set(shape)) return nullptr;
+  PyObject* const empty =
+      device.type == DeviceType::kCuda ? torch_api.empty_cuda : torch_api.empty_cpu;
   PyObject* const torch_dtype = dtype == DType::kBf16   ? torch_api.bf16
                                 : dtype == DType::kFp16 ? torch_api.fp16
                                                         : torch_api.fp32;
-  PyObject* result = nullptr;
-  if (shape_tuple != nullptr && stride_tuple != nullptr) {
-    result = PyObject_CallFunctionObjArgs(
-        device.type == DeviceType::kCuda ? torch_api.empty_cuda : torch_api.empty_cpu, shape_tuple,
-        stride_tuple, torch_dtype, nullptr);
-  }
-  Py_XDECREF(shape_tuple);
-  Py_XDECREF(stride_tuple);
+  // Held, because another thread may change the layout while the allocator waits.
+  PyObject* const shape_tuple = layout.shape;
+  PyObject* const stride_tuple = layout.strides;
+  Py_INCREF(shape_tuple);
+  Py_INCREF(stride_tuple);
+  PyObject* const result =
+      PyObject_CallFunctionObjArgs(empty, shape_tuple, stride_tuple, torch_dtype, nullptr);
+  Py_DECREF(shape_tuple);
+  Py_DECREF(stride_tuple);
   if (result != nullptr && view_of_object(result, view) && view->device == device) return result;
   Py_XDECREF(result);
   return nullptr;
@@ -158,9 +182,11 @@ PyObject* fast_decode(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
   const TensorView& q = args.q;
   const std::int64_t b = q.shape[0], s_q = q.shape[1], h_q = q.shape[2];
-  PyObject* const out = new_result({b, s_q, h_q, kHeadDimV}, q.dtype, q.device, &args.out);
+  PyObject* const out =
+      new_result(out_layout, {b, s_q, h_q, kHeadDimV}, q.dtype, q.device, &args.out);
   PyObject* const lse =
-      out != nullptr ? new_result({b, h_q, s_q}, DType::kFp32, q.device, &args.lse) : nullptr;
+      out != nullptr ? new_result(lse_layout, {b, h_q, s_q}, DType::kFp32, q.device, &args.lse)
+                     : nullptr;
   PyObject* const results =
       lse != nullptr && decode_unlocked(args, plan) ? PyTuple_Pack(2, out, lse) : nullptr;
   Py_XDECREF(out);

@@ -47,8 +47,15 @@ struct CounterSlab {
   std::size_t left = 0;
 };
 
+struct Sizes {
+  std::size_t counters = 0, partials = 0;
+};
+
 struct Cache {
   std::mutex mutex;
+  // NOTE: asked for once, because the library gives the same sizes for all shapes on a device
+  // (decode_config.cpp). If that ends, decode() says that the workspace is too small.
+  std::map<std::int32_t, Sizes> sizes;
   std::map<std::tuple<std::int32_t, StreamHandle>, EagerBuffers> eager;
   std::map<std::tuple<std::int32_t, std::uint64_t, StreamHandle>, CaptureCounters> captured;
   std::map<std::int32_t, CounterSlab> slabs;
@@ -105,14 +112,14 @@ StreamHandle current_stream(Device device) {
 DecodeWorkspace::DecodeWorkspace(const DecodeArgs& args, StreamHandle stream) {
   const Device device = args.q.device;
   if (device.type == DeviceType::kCpu) return;
-  std::size_t counters_size = 0, partials_size = 0;
-  // Of arguments for which there is no size, decode() says what is wrong with them.
-  if (!workspace_size(args, &counters_size, &partials_size).ok()) return;
-
   std::uint64_t capture_id = 0;
   const bool capturing = cuda::is_capturing(stream, &capture_id);
   Cache& shared = cache();
   const std::lock_guard lock(shared.mutex);
+  Sizes& sizes = shared.sizes[device.index];
+  // Of arguments for which there is no size, decode() says what is wrong with them.
+  if (sizes.partials == 0 && !workspace_size(args, &sizes.counters, &sizes.partials).ok()) return;
+  const auto [counters_size, partials_size] = sizes;
   if (capturing) {
     CaptureCounters& counters = shared.captured[{device.index, capture_id, stream}];
     if (counters.size < counters_size) {
