@@ -157,6 +157,12 @@ def tensors_of(
     function: str, plan: Any, num_splits: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
     """What a call passes on of a plan given in any form, and whether `initialize` must follow the call."""
+    if plan is None:
+        if num_splits is not None:
+            raise ValueError(
+                f"{function}: num_splits was given without tile_scheduler_metadata; wanted both or neither"
+            )
+        return None, None, False
     if isinstance(plan, FlashMLASchedMeta):
         if num_splits is not None:
             raise ValueError(
@@ -165,12 +171,6 @@ def tensors_of(
     elif isinstance(plan, torch.Tensor):
         if num_splits is not None or not hasattr(plan, "tile_scheduler_metadata"):
             return plan, num_splits, False
-    elif plan is None:
-        if num_splits is not None:
-            raise ValueError(
-                f"{function}: num_splits was given without tile_scheduler_metadata; wanted both or neither"
-            )
-        return None, None, False
     else:
         raise TypeError(
             f"{function}: tile_scheduler_metadata is {type(plan).__name__}, wanted what get_mla_metadata returned first: "
