@@ -171,6 +171,30 @@ def test_out_and_lse(device: str) -> None:
     assert_close(only_lse, wanted)
 
 
+def test_misaligned_out(device: str) -> None:
+    """Rows of out may start anywhere; what lies between them is untouched."""
+    inputs = make_inputs(Case(b=2, s_q=3), device)
+    wanted = decode(inputs, True)
+    frame = torch.full((2, 3, 16, 515), 7.0, dtype=torch.bfloat16, device=device)
+    out = frame[..., 1:513]
+    got = flash_mla_with_kvcache(*inputs.args(), None, causal=True, out=out)
+    assert got[0] is out
+    assert_close(got, wanted)
+    out.fill_(7.0)
+    assert (frame == 7.0).all()
+
+
+def test_expanded_q(device: str) -> None:
+    """A q whose tokens are one and the same in memory."""
+    inputs = make_inputs(Case(b=2, s_q=1), device)
+    one = flash_mla_with_kvcache(*inputs.args(), None)
+    expanded = inputs.q.expand(2, 3, -1, -1)
+    out, lse = flash_mla_with_kvcache(expanded, *inputs.args()[1:], None)
+    for token in range(3):
+        assert torch.equal(out[:, token], one[0][:, 0])
+        assert torch.equal(lse[..., token], one[1][..., 0])
+
+
 @pytest.mark.parametrize("extra", ["use_legacy", "validate"])
 def test_flags_that_change_nothing(device: str, extra: str) -> None:
     inputs = make_inputs(Case(), device)

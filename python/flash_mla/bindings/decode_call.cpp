@@ -12,13 +12,21 @@
 
 namespace flash_mla::python {
 
-bool is_ready(const TensorView& q) {
-  if (q.device.type != DeviceType::kCuda || q.rank != 4 || q.stride[3] != 1) return true;
-  // The GPU kernel loads q in rows of 16 bytes.
-  const std::int64_t elements = 16 / dtype_size(q.dtype);
-  if (reinterpret_cast<std::uintptr_t>(q.data) % 16 != 0) return false;
+bool has_aligned_rows(const TensorView& view) {
+  if (view.device.type != DeviceType::kCuda || view.rank != 4 || view.stride[3] != 1) return true;
+  const std::int64_t elements = 16 / dtype_size(view.dtype);
+  if (reinterpret_cast<std::uintptr_t>(view.data) % 16 != 0) return false;
   for (int axis = 0; axis < 3; ++axis) {
-    if (q.shape[axis] > 1 && q.stride[axis] % elements != 0) return false;
+    if (view.shape[axis] > 1 && view.stride[axis] % elements != 0) return false;
+  }
+  return true;
+}
+
+bool is_ready(const TensorView& q) {
+  if (!has_aligned_rows(q)) return false;
+  if (q.device.type != DeviceType::kCuda || q.rank != 4) return true;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (q.shape[axis] > 1 && q.stride[axis] == 0) return false;  // expanded: no map of it
   }
   return true;
 }

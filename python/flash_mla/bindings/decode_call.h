@@ -6,6 +6,9 @@
 
 namespace flash_mla::python {
 
+// False when the rows of q or out do not start at multiples of 16 bytes, as the GPU kernel has it.
+[[nodiscard]] bool has_aligned_rows(const TensorView& view);
+
 // True unless q has to be copied before a GPU can load it. Of a q of a wrong rank the library says
 // what is wrong.
 [[nodiscard]] bool is_ready(const TensorView& q);

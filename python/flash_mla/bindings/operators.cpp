@@ -79,7 +79,15 @@ void decode_out(const Tensor& q, const Tensor& kv_cache, const Tensor& block_tab
                 bool batch_invariant, bool validate, const Tensor& out, const Tensor& lse) {
   DecodeCall call(q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata,
                   num_splits, batch_invariant, validate);
-  call.run(out, lse);
+  const TensorView view = view_of(out, "decode: out");
+  if (has_aligned_rows(view)) {
+    call.run(out, lse);
+    return;
+  }
+  Tensor aligned = new_tensor({view.shape[0], view.shape[1], view.shape[2], view.shape[3]},
+                              view.dtype, view.device);
+  call.run(aligned, lse);
+  torch::stable::copy_(const_cast<Tensor&>(out), aligned);
 }
 
 // Arguments of which only the shapes and the lengths matter, which is all that a plan depends on.
