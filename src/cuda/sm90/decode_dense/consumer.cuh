@@ -216,9 +216,12 @@ struct Consumer {
           packed;
     }
     ptx::fence_proxy_async();
-    // NOTE: the writer waits too, though it need not: compute-sanitizer's racecheck (CUDA 13.0)
-    // does not follow bar.arrive, and reports this hand-over and barriers after it; with bar.sync
-    // it finds nothing. Costs 0 to 2 % (b 1, s_kv 65536: 57.4 us against 56.3).
+    // NOTE: the writer waits too, though it need not. compute-sanitizer (CUDA 13.0) is of two
+    // minds: racecheck does not follow bar.arrive and reports this hand-over and barriers after it;
+    // with bar.sync racecheck is clean, but synccheck takes the two warpgroups' meeting from two
+    // places in the code for divergence. Neither is a fault of the kernel. An mbarrier should
+    // satisfy both: to be tried with the next GPU run. Waiting costs 0 to 2 % (b 1, s_kv
+    // 65536: 57.4 us against 56.3).
     ptx::named_barrier_sync(W == 0 ? kP0Ready : kP1Ready, kConsumers);
   }
 
