@@ -8,8 +8,6 @@
 // The scores are transposed back for the softmax. Like the GPU kernels, and unlike the other CPU
 // kernels, this one rounds the probabilities to bf16.
 //
-// NOTE: tested on an emulation of the tile instructions only, for want of a processor that has them
-// (November 2026). Look again when the tests have run on one.
 #define FLASH_MLA_CPU_LANES 16
 #define FLASH_MLA_CPU_ROW_TILE 6
 #define FLASH_MLA_CPU_COLUMN_TILE 4
