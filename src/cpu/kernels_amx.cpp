@@ -7,7 +7,6 @@
 //   out += p x values       A: probabilities, rounded to bf16; B: two tokens interleaved
 // The scores are transposed back for the softmax. Like the GPU kernels, and unlike the other CPU
 // kernels, this one rounds the probabilities to bf16.
-//
 #define FLASH_MLA_CPU_LANES 16
 #define FLASH_MLA_CPU_ROW_TILE 6
 #define FLASH_MLA_CPU_COLUMN_TILE 4
