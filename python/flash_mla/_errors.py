@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 
 import torch
 
-# The operators can raise ValueError and RuntimeError alone; of the other types the text starts with
-# the name.
+# The operators raise RuntimeError alone; the text starts with the name of the type that is meant.
 _TAGS = {
+    "[ValueError] ": ValueError,
     "[TypeError] ": TypeError,
     "[NotImplementedError] ": NotImplementedError,
     "[RuntimeError] ": RuntimeError,

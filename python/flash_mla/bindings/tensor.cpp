@@ -110,7 +110,7 @@ void check(const Status& status) {
     case StatusCode::kOk:
       return;
     case StatusCode::kInvalidArgument:
-      throw std::invalid_argument(status.message());
+      throw std::runtime_error(std::string("[ValueError] ") + status.message());
     case StatusCode::kInvalidType:
       throw std::runtime_error(std::string("[TypeError] ") + status.message());
     case StatusCode::kUnsupported:

@@ -22,9 +22,10 @@ TensorView view_of(const Tensor& tensor, const char* name);
 // PyTorch's allocator, so inside a CUDA-graph capture it belongs to the graph's pool.
 Tensor new_tensor(std::initializer_list<std::int64_t> shape, DType dtype, Device device);
 
-// Throws unless `status` is ok. std::invalid_argument arrives as ValueError; everything else as
-// RuntimeError, so the text of an error that Python raises as another type starts with that type in
-// brackets, which the Python layer takes off.
+// Throws unless `status` is ok: a std::runtime_error whose text starts with the Python type that is
+// meant, in brackets, which the Python layer takes off. (What other C++ exceptions arrive as
+// differs between versions of PyTorch: std::invalid_argument is ValueError in 2.11 and RuntimeError
+// in 2.15.)
 void check(const Status& status);
 
 }  // namespace flash_mla::python
