@@ -193,7 +193,7 @@ Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
       {kTileColumns, extent(heads), extent(tokens), kColumnTiles, extent(params.b)},
       {stride(params.stride_q_h, heads), stride(params.stride_q_s, tokens), kTileColumns,
        stride(params.stride_q_b, params.b)},
-      {kTileColumns, box_heads, static_cast<cuuint32_t>(kPageRows) / box_heads, kColumnTiles, 1}};
+      {kTileColumns, box_heads, static_cast<cuuint32_t>(kPageRows) / box_heads, 1, 1}};
   return encode_map("q", shape, map);
 }
 

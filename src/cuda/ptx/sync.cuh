@@ -13,8 +13,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 // threadIdx.x, read from the hardware where it stands: what is computed from it is not kept in
 // registers meanwhile.
-__device__ __forceinline__ int thread_index() {
-  int index;
+__device__ __forceinline__ uint32_t thread_index() {
+  uint32_t index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }

@@ -2,7 +2,7 @@
 // result for the merge.
 #pragma once
 
-#include "cuda/sm90/decode_dense/consumer.cuh"
+#include "cuda/sm90/decode_dense/output.cuh"
 
 namespace flash_mla::cuda::decode_dense {
 
@@ -53,44 +53,28 @@ __device__ __forceinline__ RowState* partial_rows(float* output) {
 template <typename T>
 struct Epilogue {
   using Element = typename T::Element;
-  Consumer<T>& consumer;
+  const Output<T>& output;
   const KernelParams& params;
-  SharedStorage& shared;
 
-  // `parity`: of the item, so that its sums and the next one's do not meet.
-  __device__ __forceinline__ void run(const WorkItem& item, uint32_t parity) {
-    const int warpgroup = threadIdx.x / kWarpgroup;
-    RowState state[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = consumer.row_sum[h];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (consumer.lane() % 4 == 0) shared.sum[parity][warpgroup][consumer.row() + 8 * h] = sum;
-    }
-    ptx::named_barrier_sync(kConsumersMeet, kConsumers);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = consumer.row() + 8 * h;
-      state[h] = {consumer.row_max[h], shared.sum[parity][0][row] + shared.sum[parity][1][row]};
-    }
+  __device__ __forceinline__ void run(const WorkItem& item) {
     if (item.piece_count == 1) {
-      store_output(item, state, warpgroup);
+      store_output(item);
     } else {
-      store_partial(item, state);
+      store_partial(item);
     }
   }
 
  private:
-  __device__ __forceinline__ void store_output(const WorkItem& item, const RowState (&state)[2],
-                                               int warpgroup) {
+  __device__ __forceinline__ void store_output(const WorkItem& item) {
     const Rows<Element> rows{params, item};
+    const int warpgroup = ptx::thread_index() / kWarpgroup;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int lane = consumer.lane(), row = consumer.row() + 8 * h;
-      if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(row, state[h]);
-      if (row - consumer.lane() / 4 >= item.rows) return;  // of no row of this warp
-      const float inverse = state[h].sum > 0.f ? __fdividef(1.f, state[h].sum) : 0.f;
+      const int lane = lane_index(), row = row_index() + 8 * h;
+      const RowState state = output.state[h];
+      if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(row, state);
+      if (row - lane / 4 >= item.rows) return;  // of no row of this warp
+      const float inverse = state.sum > 0.f ? __fdividef(1.f, state.sum) : 0.f;
       const bool valid = rows.valid(row), odd = lane % 2;
       // Of two neighbouring tiles of eight columns a lane has two columns each. Even lanes take the
       // next two of the first tile from their neighbour for theirs of the second, so that the four
@@ -100,9 +84,9 @@ struct Epilogue {
 #pragma unroll
       for (int tile = 0; tile < 32; tile += 2) {
         const int i = tile * 4 + 2 * h;
-        const uint32_t first = pack<Element>(consumer.o[i] * inverse, consumer.o[i + 1] * inverse);
+        const uint32_t first = pack<Element>(output.at(i) * inverse, output.at(i + 1) * inverse);
         const uint32_t second =
-            pack<Element>(consumer.o[i + 4] * inverse, consumer.o[i + 5] * inverse);
+            pack<Element>(output.at(i + 4) * inverse, output.at(i + 5) * inverse);
         const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
         if (valid) {
           *reinterpret_cast<uint2*>(target + tile * 8) =
@@ -114,19 +98,19 @@ struct Epilogue {
 
   // In the accumulators' own order, so that every store is a full line; warps without a row store
   // nothing.
-  __device__ __forceinline__ void store_partial(const WorkItem& item, const RowState (&state)[2]) {
-    if (consumer.warp() * 16 >= item.rows) return;
-    float* output = partial_output(params, blockIdx.x, item.piece_index == 0);
-    if (threadIdx.x < kWarpgroup && consumer.lane() % 4 == 0) {
-      const int row = consumer.row();
-      partial_rows(output)[row] = state[0];
-      partial_rows(output)[row + 8] = state[1];
+  __device__ __forceinline__ void store_partial(const WorkItem& item) {
+    const int row = row_index();
+    if (row / 16 * 16 >= item.rows) return;
+    float* partial = partial_output(params, blockIdx.x, item.piece_index == 0);
+    if (threadIdx.x < kWarpgroup && lane_index() % 4 == 0) {
+      partial_rows(partial)[row] = output.state[0];
+      partial_rows(partial)[row + 8] = output.state[1];
     }
-    float4* target = reinterpret_cast<float4*>(output) + threadIdx.x;
+    float4* target = reinterpret_cast<float4*>(partial) + threadIdx.x;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      __stcg(target + i * kConsumers, float4{consumer.o[4 * i], consumer.o[4 * i + 1],
-                                             consumer.o[4 * i + 2], consumer.o[4 * i + 3]});
+      __stcg(target + i * kOutputThreads, float4{output.at(4 * i), output.at(4 * i + 1),
+                                                 output.at(4 * i + 2), output.at(4 * i + 3)});
     }
   }
 };

@@ -1,18 +1,17 @@
 // Dense MLA decode on Hopper: one persistent launch that plans, attends and merges.
 //
 // Every CTA works on 64 query rows. It reads the lengths, finds its part of the work
-// (core/schedule.h) and walks through it, item by item: warpgroup 0, 1  scores, softmax and output,
-// each of every other page and of half of the output's columns (consumer.cuh),
-//                 then the epilogue (epilogue.cuh) and, for requests that were split, the merge
-//                 (merge.cuh);
-// warp 8          pages, by TMA, in three parts each; two buffers (producer.cuh);
-// warp 9          Q of the next item, by TMA, as soon as the last scores of this one are done
-// (producer.cuh). (producer.cuh). With more than 64 rows two CTAs make a cluster: 64 rows each, and
-// every page comes once, by multicast to both.
+// (core/schedule.h) and walks through it, item by item:
+//   warpgroups 0, 1  the output, half of the columns each (output.cuh), then the epilogue
+//                    (epilogue.cuh) and, for requests that were split, the merge (merge.cuh);
+//   warpgroup 2      scores and softmax (score.cuh), ahead of them;
+//   warp 12          Q's latent part and the pages, by TMA; three buffers (producer.cuh);
+//   warp 13          the work items, and Q's RoPE part (producer.cuh).
+// With more than 64 rows two CTAs make a cluster: 64 rows each, and every page comes once, by
+// multicast to both.
 //
 // Budgets and schedule: README.md. Sources: FlashAttention-3 (arXiv:2407.08608) for warp
-// specialisation, FlashMLA's deep dive of 2025-04-22 for the seesaw of two warpgroups,
-// Flash-Decoding for the split over the keys.
+// specialisation, Flash-Decoding for the split over the keys.
 #pragma once
 
 #include "cuda/sm90/decode_dense/merge.cuh"
@@ -22,34 +21,36 @@ namespace flash_mla::cuda::decode_dense {
 
 __device__ __forceinline__ void init_barriers(SharedStorage& shared, int cluster) {
   namespace p = ::cuda::ptx;
-  for (int buffer = 0; buffer < kPageBuffers; ++buffer) {
-    for (int part = 0; part < kNumParts; ++part) {
-      p::mbarrier_init(&shared.full[buffer][part], 1);
-      p::mbarrier_init(&shared.empty[buffer][part],
-                       kWarpgroup / 32 * cluster);  // the last reader's warps, of both CTAs
-    }
+  constexpr int kWarps = kWarpgroup / 32;
+  for (int buffer = 0; buffer < kBuffers; ++buffer) {
+    p::mbarrier_init(&shared.full[buffer], 1);
+    // The last readers' warps: of both CTAs, but for Q.
+    const int readers = buffer < kHalfBuffers || buffer == kQueryBuffer ? kWarps : 2 * kWarps;
+    p::mbarrier_init(&shared.empty[buffer], buffer == kQueryBuffer ? readers : readers * cluster);
   }
-  p::mbarrier_init(&shared.q_full, 1);
-  p::mbarrier_init(&shared.q_empty, kConsumers / 32);
+  for (int slot = 0; slot < kRopeBuffers; ++slot) {
+    p::mbarrier_init(&shared.p_ready[0][slot], kWarpgroup);
+    p::mbarrier_init(&shared.p_ready[1][slot], kWarpgroup);
+  }
+  for (int i = 0; i < kItems; ++i) {
+    p::mbarrier_init(&shared.item_full[i], 1);
+    p::mbarrier_init(&shared.item_empty[i], 3 * kWarps + 1);  // warpgroups 0 to 2, page warp
+  }
   p::fence_mbarrier_init(p::sem_release, p::scope_cluster);
 }
 
 template <typename T>
-__device__ __forceinline__ void consume(const KernelParams& params, SharedStorage& shared) {
-  Consumer<T> consumer(params, shared);
+__device__ __forceinline__ void put_out(const KernelParams& params, SharedStorage& shared) {
+  Output<T> output(params, shared);
   Merger<T> merger{params, shared};
-  for (;; consumer.phases ^= 2) {
-    const uint32_t parity = consumer.phases >> 1;
-    ptx::mbarrier_wait(&shared.q_full, parity);
-    const WorkItem& item = shared.items[parity];
+  for (Ring at(0, kItems);; at.advance()) {
+    ptx::mbarrier_wait(&shared.item_full[at.slot()], at.phase());
+    const WorkItem& item = shared.items[at.slot()];
     if (item.end) break;
-    if (threadIdx.x < kWarpgroup) {
-      consumer.template run<0>(item);
-    } else {
-      consumer.template run<1>(item);
-    }
-    Epilogue<T>{consumer, params, shared}.run(item, parity);
+    output.run(item);
+    Epilogue<T>{output, params}.run(item);
     if (item.piece_count > 1) merger.arrive(item);
+    if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared.item_empty[at.slot()]);
   }
   merger.finish();
 }
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
   const auto position = Position<T::kCluster>::here(params.schedule);
-  if (threadIdx.x == kConsumers) {
+  if (threadIdx.x == kPageWarp * 32) {
     ptx::prefetch_map(&maps.query);
     ptx::prefetch_map(&maps.half);
     ptx::prefetch_map(&maps.rope);
@@ -87,16 +88,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Walk walk = begin_walk(schedule, start, position.part);
   cluster_sync<T>();
 
-  if (threadIdx.x < kConsumers) {
-    ptx::increase_registers<kConsumerRegisters>();
-    consume<T>(params, shared);
+  if (threadIdx.x < kOutputThreads) {
+    ptx::increase_registers<kOutputRegisters>();
+    put_out<T>(params, shared);
+  } else if (threadIdx.x / kWarpgroup == kScoreWarpgroup) {
+    ptx::increase_registers<kScoreRegisters>();
+    Scorer<T>(params, shared).run();
   } else {
     ptx::decrease_registers<kProducerRegisters>();
-    Producer<T> producer{params, maps, shared, position};
+    Producer<T> producer(params, maps, shared, position);
     if (threadIdx.x / 32 == kPageWarp) {
-      producer.load_pages(walk);
-    } else if (threadIdx.x / 32 == kQueryWarp) {
-      producer.load_queries(walk);
+      producer.load_pages();
+    } else if (threadIdx.x == kQueryWarp * 32) {
+      producer.walk_items(walk);
     }
   }
   cluster_sync<T>();  // the other CTA may still signal this one's barriers

@@ -27,7 +27,7 @@ struct Merger {
   const KernelParams& params;
   SharedStorage& shared;
 
-  // Called by all consumers when the partial result of `item` is stored.
+  // Called by both output warpgroups when the partial result of `item` is stored.
   __device__ __forceinline__ void arrive(const WorkItem& item) {
     meet();
     if (threadIdx.x == 0) {
@@ -39,7 +39,7 @@ struct Merger {
     }
   }
 
-  // Called by all consumers when the CTA has no other work left.
+  // Called by both output warpgroups when the CTA has no other work left.
   __device__ __forceinline__ void finish() {
     meet();
     for (int i = 0; i < shared.num_split_tiles; ++i) finish_tile(shared.split_tiles[i]);
@@ -47,7 +47,7 @@ struct Merger {
 
  private:
   __device__ __forceinline__ static void meet() {
-    ptx::named_barrier_sync(kConsumersMeet, kConsumers);
+    ptx::named_barrier_sync(kOutputMeets, kOutputThreads);
   }
 
   // CTA that does the rows of this CTA in piece `piece` of the tile.
@@ -93,8 +93,8 @@ struct Merger {
   // longer needed, hold the weights.
   __device__ __forceinline__ void merge(const WorkItem& item, bool whole) {
     const int pieces = item.piece_count;
-    float* weights = reinterpret_cast<float*>(shared.page[0]);  // [pieces][64]
-    float* sums = reinterpret_cast<float*>(shared.page[1]);     // [pieces][64]
+    float* weights = reinterpret_cast<float*>(shared.half[0]);  // [pieces][64]
+    float* sums = reinterpret_cast<float*>(shared.half[2]);     // [pieces][64]
     float* tops = sums + kMaxPieces * kTileRows;                // [4][64]
     float* totals = tops + 4 * kTileRows;                       // [4][64]
     const int row = threadIdx.x % kTileRows, quarter = threadIdx.x / kTileRows;
@@ -152,10 +152,10 @@ struct Merger {
                          {inverses[row], inverses[row + 8]},
                          {rows.valid(row) ? rows.out(row) + lane % 4 * 2 : nullptr,
                           rows.valid(row + 8) ? rows.out(row + 8) + lane % 4 * 2 : nullptr}};
-    constexpr int kWarps = kConsumers / 32;
+    constexpr int kWarps = kOutputThreads / 32;
 #pragma unroll 1
-    for (; task + 3 * kWarps < end; task += 4 * kWarps)
-      merge_tiles<4, 4>(share, task / row_warps, kWarps / row_warps);
+    for (; task + kWarps < end; task += 2 * kWarps)
+      merge_tiles<2, 8>(share, task / row_warps, kWarps / row_warps);
 #pragma unroll 1
     for (; task < end; task += kWarps)
       merge_tiles<1, 16>(share, task / row_warps, kWarps / row_warps);
@@ -184,7 +184,7 @@ struct Merger {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const int tile = first_tile + t * stride;
-      offset[t] = tile % 32 * kConsumers + tile / 32 * kWarpgroup;
+      offset[t] = tile % 32 * kOutputThreads + tile / 32 * kWarpgroup;
     }
 #pragma unroll 1
     for (int first = 0; first < share.pieces; first += kInFlight) {

@@ -1,5 +1,5 @@
-// The producer warpgroup: one warp brings pages, another Q and the description of the work, both by
-// TMA. work.
+// The producer warpgroup: one warp walks the work items, tells everybody and brings Q's left half
+// and RoPE part; another brings Q's right half and the pages. All by TMA.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -8,80 +8,112 @@
 namespace flash_mla::cuda::decode_dense {
 
 template <typename T>
-struct Producer {
-  const KernelParams& params;
-  const TensorMaps& maps;
-  SharedStorage& shared;
-  Position<T::kCluster> position;
+class Producer {
+ public:
+  __device__ Producer(const KernelParams& params, const TensorMaps& maps, SharedStorage& shared,
+                      Position<T::kCluster> position)
+      : params_(params), maps_(maps), shared_(shared), position_(position) {}
 
-  // The pages of every item, in order: even ones to buffer 0, odd ones to buffer 1. A pair of CTAs
-  // shares the load: CTA 0 sends the left half to both, CTA 1 the right half, and they take turns
-  // with the RoPE part.
-  __device__ void load_pages(Walk walk) {
-    const int lane = threadIdx.x % 32;
-    uint32_t uses[kPageBuffers] = {0, 0};
-    WorkItem item;
-    for (next_item(params, position, walk, item); !item.end;
-         next_item(params, position, walk, item)) {
-      const int32_t* table = params.decode.block_table +
-                             item.request * params.decode.stride_block_table_b +
-                             item.first_token / kPageTokens;
-      int pages_ahead = 0;
-      for (int i = 0; i < item.pages; ++i) {
-        if (i % 32 == 0) pages_ahead = i + lane < item.pages ? __ldg(table + i + lane) : 0;
-        const int page = __shfl_sync(~0u, pages_ahead, i % 32);
-        if (lane == 0) {
-          if (i & 1)
-            load_page<1>(page, item.head, uses[1]++);
-          else
-            load_page<0>(page, item.head, uses[0]++);
-        }
-        __syncwarp();
-      }
+  // The work items, by one thread.
+  __device__ void walk_items(Walk walk) {
+    Rings rings;
+    Ring q(kQueryBuffer, 1);
+    bool end = false;
+    for (Ring at(0, kItems); !end; at.advance()) {
+      ptx::mbarrier_wait(&shared_.item_empty[at.slot()], at.phase() ^ 1);
+      WorkItem& item = shared_.items[at.slot()];
+      next_item(params_, position_, walk, item);
+      item.left = rings.left.position();
+      item.right = rings.right.position();
+      item.rope = rings.rope.position();
+      end = item.end;
+      ::cuda::ptx::mbarrier_arrive(&shared_.item_full[at.slot()]);
+      if (end || item.pages == 0) continue;
+      rings.left.advance(item.pages);
+      rings.right.advance(item.pages + 1);
+      rings.rope.advance(item.pages);
+      uint64_t* full = begin_load(q, kHalfBytes + kTileBytes);
+      load_query_tiles(item, 0, kHalfTiles, shared_.q_left, full);
+      load_query_tiles(item, kRopeTile, 1, shared_.q_rope, full);
+      q.advance();
     }
   }
 
-  // Q's rows of each item, and the item itself, by one thread. A warp of its own, so that the next
-  // item's Q need not wait behind its pages, nor they behind it.
-  __device__ void load_queries(Walk walk) {
-    namespace p = ::cuda::ptx;
-    if (threadIdx.x % 32 != 0) return;
-    for (uint32_t use = 0;; ++use) {
-      ptx::mbarrier_wait(&shared.q_empty, (use & 1) ^ 1);
-      WorkItem& item = shared.items[use & 1];
-      next_item(params, position, walk, item);
+  // Q's right half, then the pages, of every item in order. A pair of CTAs shares the load of a
+  // page: CTA 0 sends the left half to both, CTA 1 the right half, and they take turns with the
+  // RoPE part.
+  __device__ void load_pages() {
+    const int lane = threadIdx.x % 32;
+    Rings rings;
+    int turn = 0;
+    for (Ring at(0, kItems);; at.advance()) {
+      ptx::mbarrier_wait(&shared_.item_full[at.slot()], at.phase());
+      const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
-      p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, &shared.q_full,
-                                   kPageBytes);
-      const int32_t at[5] = {0, item.head * params.heads_per_kv + item.first_row % params.map_width,
-                             item.first_row / params.map_width, 0, item.request};
-      ptx::load_box<false>(&maps.query, shared.q, &shared.q_full, at, 0);
+      const int pages = item.pages;
+      if (pages > 0) {
+        if (lane == 0) {
+          uint64_t* full = begin_load(rings.right, kHalfBytes);
+          load_query_tiles(item, kHalfTiles, kHalfTiles, shared_.half[rings.right.buffer()], full);
+        }
+        rings.right.advance();
+      }
+      const int32_t* table = params_.decode.block_table +
+                             item.request * params_.decode.stride_block_table_b +
+                             item.first_token / kPageTokens;
+      int pages_ahead = 0;
+      for (int i = 0; i < pages; ++i) {
+        if (i % 32 == 0) pages_ahead = i + lane < pages ? __ldg(table + i + lane) : 0;
+        const int page = __shfl_sync(~0u, pages_ahead, i % 32);
+        if (lane == 0) {
+          load_half(rings.right, kHalfTiles, item.head, page, 1);
+          load_half(rings.left, 0, item.head, page, 0);
+          load_part(rings.rope, maps_.rope, shared_.rope[rings.rope.slot()], kTileBytes, kRopeTile,
+                    item.head, page, turn);
+        }
+        rings.advance();
+        turn ^= 1;
+        __syncwarp();
+      }
+      if (lane == 0) ::cuda::ptx::mbarrier_arrive(&shared_.item_empty[at.slot()]);
     }
-    p::mbarrier_arrive(&shared.q_full);
   }
 
  private:
-  template <int kBuffer>
-  __device__ void load_page(int page, int head, uint32_t use) {
-    uint8_t* buffer = shared.page[kBuffer];
-    load_part<kBuffer, kLeft>(maps.half, buffer, kHalfBytes, 0, head, page, use, 0);
-    load_part<kBuffer, kRight>(maps.half, buffer + kHalfBytes, kHalfBytes, kHalfTiles, head, page,
-                               use, 1);
-    load_part<kBuffer, kRope>(maps.rope, buffer + kRopeOffset, kTileBytes, 2 * kHalfTiles, head,
-                              page, use, kBuffer);
+  const KernelParams& params_;
+  const TensorMaps& maps_;
+  SharedStorage& shared_;
+  Position<T::kCluster> position_;
+
+  // Waits until nobody reads the buffer any more, and announces `bytes`.
+  __device__ uint64_t* begin_load(const Ring& at, int bytes) {
+    namespace p = ::cuda::ptx;
+    uint64_t* full = &shared_.full[at.buffer()];
+    ptx::mbarrier_wait(&shared_.empty[at.buffer()], at.phase() ^ 1);
+    p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, full, bytes);
+    return full;
   }
 
+  __device__ void load_query_tiles(const WorkItem& item, int tile, int count, uint8_t* target,
+                                   uint64_t* full) {
+    for (int i = 0; i < count; ++i) {
+      const int32_t at[5] = {0,
+                             item.head * params_.heads_per_kv + item.first_row % params_.map_width,
+                             item.first_row / params_.map_width, tile + i, item.request};
+      ptx::load_box<false>(&maps_.query, target + i * kTileBytes, full, at, 0);
+    }
+  }
+
+  __device__ void load_half(const Ring& at, int tile, int head, int page, int sender) {
+    load_part(at, maps_.half, shared_.half[at.buffer()], kHalfBytes, tile, head, page, sender);
+  }
   // `sender`: the CTA of the pair that issues the copy.
-  template <int kBuffer, Part kPart>
-  __device__ void load_part(const CUtensorMap& map, uint8_t* destination, int bytes, int tile,
-                            int head, int page, uint32_t use, int sender) {
-    namespace p = ::cuda::ptx;
-    uint64_t* full = &shared.full[kBuffer][kPart];
-    ptx::mbarrier_wait(&shared.empty[kBuffer][kPart], (use & 1) ^ 1);
-    p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, full, bytes);
-    if (!T::kMulticast || position.rank == sender) {
-      const int32_t at[5] = {0, 0, tile, head, page};
-      ptx::load_box<T::kMulticast>(&map, destination, full, at, T::kClusterMask);
+  __device__ void load_part(const Ring& at, const CUtensorMap& map, uint8_t* target, int bytes,
+                            int tile, int head, int page, int sender) {
+    uint64_t* full = begin_load(at, bytes);
+    if (!T::kMulticast || position_.rank == sender) {
+      const int32_t box[5] = {0, 0, tile, head, page};
+      ptx::load_box<T::kMulticast>(&map, target, full, box, T::kClusterMask);
     }
   }
 };

@@ -26,50 +26,81 @@ inline constexpr int kTileBytes = 64 * 64 * 2;
 inline constexpr int kQkTiles = kHeadDimQk / kTileColumns;       // 9
 inline constexpr int kHalfTiles = kHeadDimV / 2 / kTileColumns;  // 4
 inline constexpr int kHalfBytes = kHalfTiles * kTileBytes;       // 32 KB
-inline constexpr int kPageBytes = kQkTiles * kTileBytes;         // 72 KB
-inline constexpr int kRopeOffset = 2 * kHalfBytes;
-enum Part { kLeft = 0, kRight = 1, kRope = 2, kNumParts = 3 };  // columns 0-255, 256-511, 512-575
-inline constexpr int kPageBuffers = 2;
+inline constexpr int kRopeTile = 2 * kHalfTiles;
 
-// Two consumer warpgroups and one producer warpgroup. The file header of kernel.cuh says who does
-// what.
+inline constexpr int kItems = 4;  // work items known ahead: the scores run up to three pages ahead
+
+// Four warpgroups. The file header of kernel.cuh says who does what.
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kConsumers = 2 * kWarpgroup;
-inline constexpr int kThreads = kConsumers + kWarpgroup;
-inline constexpr int kPageWarp = kConsumers / 32;  // issues the page loads
-inline constexpr int kQueryWarp =
-    kConsumers / 32 + 1;  // issues the loads of Q; two more warps idle
-// setmaxnreg draws on the 3 x 168 registers the CTA is launched with: 2 x 232 + 40 = 504.
-inline constexpr int kConsumerRegisters = 232;
-inline constexpr int kProducerRegisters = 40;
-
-// The last kQueryRegisterTiles of Q's nine tiles are multiplied from registers: each spares shared
-// memory 128 clocks a pair of pages. In the experiment that this schedule comes from (not measured
-// in this kernel) one tile gave 667 to 670 TFLOPS against 653 to 665 with none; two or three spill.
-inline constexpr int kQueryRegisterTiles = 1;
+inline constexpr int kOutputThreads = 2 * kWarpgroup;  // warpgroups 0, 1
+inline constexpr int kScoreWarpgroup = 2;
+inline constexpr int kPageWarp = 12;   // issues the page loads, of warpgroup 3
+inline constexpr int kQueryWarp = 13;  // walks the work items; two more warps idle
+inline constexpr int kThreads = 4 * kWarpgroup;
+// setmaxnreg draws on the 4 x 128 registers the CTA is launched with: 2 x 160 + 152 + 40 = 512.
+inline constexpr int kOutputRegisters = 168;
+inline constexpr int kScoreRegisters = 128;
+inline constexpr int kProducerRegisters = 48;
 
 // The output is rescaled only when the running maximum grew by more than 2^8 (log2 units); the
 // final normalisation makes it exact. Idea: FlashAttention-4.
 inline constexpr float kRescaleThreshold = 8.f;
 inline constexpr float kNoMaximum = -1e30f;
 
-enum NamedBarrier {
-  kP0Ready = 1,
-  kP1Ready = 2,
-  kConsumersMeet = 3,
-  kWarpgroupMeets = 4 /* and 5 */,
+enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */ };
+
+// Shared memory holds two left halves of pages (columns 0-255), three right halves (256-511) and
+// three RoPE parts (512-575), each kind a ring of buffers, and the left half and RoPE part of Q.
+// The buffers are numbered through; each has a pair of barriers.
+inline constexpr int kLeftBuffers = 2, kRightBuffers = 3, kRopeBuffers = 3;
+inline constexpr int kHalfBuffers = kLeftBuffers + kRightBuffers;
+inline constexpr int kQueryBuffer = kHalfBuffers + kRopeBuffers;
+inline constexpr int kBuffers = kQueryBuffer + 1;
+
+// Where a warp is in a ring of `count` buffers, of which `first` is the first.
+class Ring {
+ public:
+  __device__ __forceinline__ constexpr Ring(int first, int count, int position = 0)
+      : first_(first), count_(count), position_(position) {}
+  __device__ __forceinline__ int position() const { return position_; }  // 0 .. 2 * count - 1
+  __device__ __forceinline__ int slot() const {
+    return position_ < count_ ? position_ : position_ - count_;
+  }
+  __device__ __forceinline__ int buffer() const { return first_ + slot(); }
+  // Parity with which the buffer's `full` barrier is waited for.
+  __device__ __forceinline__ uint32_t phase() const { return position_ < count_ ? 0 : 1; }
+  __device__ __forceinline__ void advance() {
+    position_ = position_ + 1 == 2 * count_ ? 0 : position_ + 1;
+  }
+  __device__ __forceinline__ void advance(int by) { position_ = (position_ + by) % (2 * count_); }
+
+ private:
+  int32_t first_, count_, position_;
+};
+
+// A warp's place in the rings of the pages' parts.
+struct Rings {
+  Ring left{0, kLeftBuffers};
+  Ring right{kLeftBuffers, kRightBuffers};
+  Ring rope{kHalfBuffers, kRopeBuffers};
+  __device__ __forceinline__ void advance() {
+    left.advance();
+    right.advance();
+    rope.advance();
+  }
 };
 
 // One run of pages of one (request, kv head) for the 64 query rows of this CTA; written by the
-// query warps with Q.
+// query warp.
 struct WorkItem {
   int32_t request, head;
-  int32_t first_row, rows;  // of the s_q * h_q / h_kv rows of the kv head; rows may be 0
-  int32_t pages;            // to multiply
-  int32_t masked_pairs;     // the last so many pairs of them hold tokens that some row does not see
+  int32_t first_row, rows;      // of the s_q * h_q / h_kv rows of the kv head; rows may be 0
+  int32_t pages;                // to multiply
+  int32_t open_pages;           // the first so many of them hold only tokens that every row sees
   int32_t first_token, seqlen;  // token of the first page's first row; tokens of the request
   int32_t piece_index, piece_count;
-  int32_t end;  // no more work, the other members mean nothing
+  int32_t left, right, rope;  // the rings' positions at its begin; Q's right half goes first
+  int32_t end;                // no more work, the other members mean nothing
 };
 
 // How far a CTA is in its part (work.cuh).
@@ -89,19 +120,25 @@ struct SplitTile {
 };
 
 struct SharedStorage {
-  alignas(1024) uint8_t q[kPageBytes];
-  alignas(1024) uint8_t page[kPageBuffers][kPageBytes];
-  float max[2][kTileRows];
-  float sum[2][2][kTileRows];  // [item % 2][warpgroup][row]
-  Walk query_walk;             // of the query warps
-  WorkItem items[2];
+  alignas(1024) uint8_t half[kHalfBuffers][kHalfBytes];  // of pages; Q's right half on its way to
+                                                         // registers
+  alignas(1024) uint8_t rope[kRopeBuffers][kTileBytes];  // the RoPE part of a page, then P
+  alignas(1024) uint8_t q_left[kHalfBytes];
+  alignas(1024) uint8_t q_rope[kTileBytes];
+  union {
+    struct {
+      float factor[kRopeBuffers][kTileRows];    // what the output is multiplied with first
+      RowState state[kRopeBuffers][kTileRows];  // of an item, with its last page
+    } rows;
+    FindStartScratch<kThreads> find_start;
+  };
+  WorkItem items[kItems];
   SplitTile split_tiles[2];  // a part has at most two split items: the one it ends with, and the
                              // one it begins with
-  uint64_t full[kPageBuffers][kNumParts];
-  uint64_t empty[kPageBuffers][kNumParts];
-  uint64_t q_full, q_empty;
+  uint64_t full[kBuffers], empty[kBuffers];
+  uint64_t p_ready[2][kRopeBuffers];  // for each of the output warpgroups
+  uint64_t item_full[kItems], item_empty[kItems];
   int32_t num_split_tiles, merge_ready;
-  FindStartScratch<kThreads> find_start;
 };
 static_assert(sizeof(SharedStorage) <= 232448, "a CTA has 227 KB of shared memory on sm_90");
 
@@ -137,7 +174,7 @@ struct KernelParams {
 };
 
 struct TensorMaps {
-  CUtensorMap query;  // boxes of 64 rows x 9 tiles
+  CUtensorMap query;  // boxes of 64 rows x 1 tile
   CUtensorMap half;   // of a page, boxes of 64 rows x 4 tiles
   CUtensorMap rope;   // of a page, boxes of 64 rows x 1 tile
 };

@@ -1,5 +1,4 @@
-// Walks the work items of one part. The page warp and the query warp each walk for themselves: a
-// step costs one cached load.
+// Walks the work items of one part: the query warp's job.
 #pragma once
 
 #include "cuda/sm90/decode_dense/traits.h"
@@ -58,8 +57,7 @@ __device__ __forceinline__ void next_item(const KernelParams& params,
       item.first_token = piece.begin * kPageTokens;
       const int open_tokens =
           visible_tokens(params, walk.seqlen, item.first_row) - item.first_token;
-      item.masked_pairs =
-          (item.pages + 1) / 2 - min(max(open_tokens, 0) / (2 * kPageTokens), item.pages / 2);
+      item.open_pages = min(max(open_tokens, 0) / kPageTokens, item.pages);
       item.piece_index = piece.index;
       item.piece_count = piece.count;
       item.end = 0;

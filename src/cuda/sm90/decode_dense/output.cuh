@@ -1,0 +1,119 @@
+// The two output warpgroups: O += P V of every page. Warpgroup W keeps columns 256 W .. 256 W + 255
+// of the 64 x 512 output in registers (128 a thread); P comes from the score warpgroup through
+// shared memory.
+#pragma once
+
+#include "cuda/sm90/decode_dense/score.cuh"
+
+namespace flash_mla::cuda::decode_dense {
+
+template <typename T>
+class Output {
+ public:
+  // Accumulators: [128 columns][tile of 8 columns][row_index() or row_index() + 8][2].
+  float o[2][64];
+  RowState state[2];  // of rows row_index(), row_index() + 8 of the item
+  __device__ __forceinline__ float at(int i) const { return o[i / 64][i % 64]; }
+
+  __device__ __forceinline__ Output(const KernelParams& params, SharedStorage& shared)
+      : params_(params), shared_(shared) {}
+
+  // Leaves the item's sums in o and state.
+  __device__ __forceinline__ void run(const WorkItem& item) {
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i / 64][i % 64] = 0.f;
+    if (item.pages == 0) {
+      state[0] = state[1] = {kNoMaximum, 0.f};
+      return;
+    }
+    const bool right = warpgroup() == 1;
+    Ring half(right ? kLeftBuffers : 0, right ? kRightBuffers : kLeftBuffers,
+              right ? item.right : item.left);
+    Ring rope(kHalfBuffers, kRopeBuffers, item.rope);
+    if (right) half.advance();  // past Q
+    int left = item.pages;
+#pragma unroll 1
+    for (bool first = true;; first = false) {
+      if (left == 1) clear_rows_past_end(item, half);
+      ptx::mbarrier_wait(&shared_.p_ready[warpgroup()][rope.slot()], rope.phase());
+      if (!first) rescale(shared_.rows.factor[rope.slot()]);
+      issue_product(half, rope);
+      ptx::wgmma_wait<0>();
+      ptx::pin(o[0]);
+      ptx::pin(o[1]);
+      if (--left == 0) break;
+      release_page(half, rope);
+      half.advance();
+      rope.advance();
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state[h] = shared_.rows.state[rope.slot()][row_index() + 8 * h];
+    }
+    release_page(half, rope);
+  }
+
+ private:
+  using Element = typename T::Element;
+  using Mma = ptx::Wgmma<Element>;
+
+  const KernelParams& params_;
+  SharedStorage& shared_;
+
+  __device__ __forceinline__ static int warpgroup() {
+    return static_cast<int>(ptx::thread_index() / kWarpgroup);
+  }
+
+  __device__ __forceinline__ void release_page(const Ring& half, const Ring& rope) {
+    release<T>(&shared_.empty[half.buffer()]);
+    release<T>(&shared_.empty[rope.buffer()]);
+  }
+
+  // Issues o += P V of this warpgroup's half of the page.
+  __device__ __forceinline__ void issue_product(const Ring& half, const Ring& rope) {
+    const ptx::SmemDescriptor value(ptx::shared_address(shared_.half[half.buffer()]), kTileBytes,
+                                    1024);
+    const ptx::SmemDescriptor probability(ptx::shared_address(shared_.rope[rope.slot()]), 16, 1024);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        Mma::n128_ss(o[c], probability.at(k * 32), value.at(k * 2048 + c * 2 * kTileBytes), true);
+      }
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void rescale(const float* factors) {
+    const float factor[2] = {factors[row_index()], factors[row_index() + 8]};
+    if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= factor[(i >> 1) & 1];
+    }
+    ptx::pin(o[0]);
+    ptx::pin(o[1]);
+  }
+
+  // Rows of the request's last page past its length may hold NaN, and 0 * NaN is NaN: zeroes them
+  // in this warpgroup's half of V. The scores may be reading them as K meanwhile: those of hidden
+  // tokens are masked, whatever they are.
+  __device__ __forceinline__ void clear_rows_past_end(const WorkItem& item, const Ring& at) {
+    const int valid = item.seqlen - item.first_token - (item.pages - 1) * kPageTokens;
+    if (valid >= kPageTokens) return;
+    ptx::mbarrier_wait(&shared_.full[at.buffer()], at.phase());
+    constexpr int kChunks = kHalfTiles * 8;  // of 16 bytes, in a row of the half
+    static_assert(kWarpgroup % kChunks == 0);
+    const int thread = static_cast<int>(ptx::thread_index() % kWarpgroup);
+    uint8_t* column =
+        shared_.half[at.buffer()] + thread % kChunks / 8 * kTileBytes + thread % 8 * 16;
+#pragma unroll 1
+    for (int row = valid + thread / kChunks; row < kPageTokens; row += kWarpgroup / kChunks) {
+      *reinterpret_cast<int4*>(column + row * 128) = int4{0, 0, 0, 0};
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(kWarpgroupMeets + warpgroup(), kWarpgroup);
+  }
+};
+
+}  // namespace flash_mla::cuda::decode_dense
