@@ -9,8 +9,6 @@
 // form of the item's start and length, every CTA finds its own range, and who shares an item with
 // it, without talking to anybody.
 //
-// Cuts inside an item fall on even blocks (the kernel works on two pages at a time).
-//
 // A part that begins or ends inside an item pays for it: another overhead, and a partial result to
 // write and to merge. Where all items are equal and there are more of them than parts, the cuts are
 // therefore laid between items when that makes a part longer by no more than two overheads
@@ -42,7 +40,7 @@ struct ScheduleShape {
   std::int32_t chunks = 1;             // ceil(row groups / team)
   std::int32_t items_per_request = 1;  // h_kv * chunks
   std::int32_t overhead = 1;           // cost of an item besides its blocks, in blocks
-  std::int32_t min_blocks = 2;         // a part takes at least this many blocks, even
+  std::int32_t min_blocks = 1;         // a part takes at least this many blocks
   bool split = true;
 };
 
@@ -97,12 +95,12 @@ struct Schedule {
                                                                    std::int64_t pieces) const {
     return pieces <= shape.num_parts && whole_payload <= payload + shape.overhead;
   }
-  // The least whole payload that may fit: even, and at least min_blocks.
+  // The least whole payload that may fit; at least min_blocks.
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t least_whole_payload(
       std::int64_t total_blocks) const {
-    const auto even =
-        static_cast<std::int32_t>(ceil_div<std::int64_t>(total_blocks, shape.num_parts) + 1) & ~1;
-    return even > shape.min_blocks ? even : shape.min_blocks;
+    const auto payload_of_blocks =
+        static_cast<std::int32_t>(ceil_div<std::int64_t>(total_blocks, shape.num_parts));
+    return payload_of_blocks > shape.min_blocks ? payload_of_blocks : shape.min_blocks;
   }
 
   FLASH_MLA_HOST_DEVICE static std::int64_t request_cost(const ScheduleShape& shape,
@@ -145,8 +143,8 @@ struct Schedule {
     }
     // The first part whose end lies past the first cut, and the part whose end lies past the last
     // block.
-    const std::int32_t begin = relative + shape.overhead, first_cut = blocks < 2 ? blocks : 2;
-    piece.index = 1 - ceil_div(begin + first_cut, payload);
+    const std::int32_t begin = relative + shape.overhead;
+    piece.index = 1 - ceil_div(begin + 1, payload);
     piece.count = ceil_div(begin + blocks, payload) + piece.index;
     piece.first_part = part - piece.index;
     return piece;
@@ -163,7 +161,7 @@ struct Schedule {
     if (!shape.split) return y > 0 ? blocks : 0;
     const std::int32_t inside = y - shape.overhead;
     if (inside >= blocks) return blocks;
-    return inside <= 0 ? 0 : inside & ~1;
+    return inside <= 0 ? 0 : inside;
   }
 };
 

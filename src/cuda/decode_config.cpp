@@ -10,7 +10,7 @@ namespace flash_mla::cuda {
 namespace {
 
 // Cost of a work item besides its blocks, in blocks of 64 tokens.
-constexpr std::int32_t kItemOverhead = 4;
+constexpr std::int32_t kItemOverhead = 2;
 
 // The team of row groups that reads every page together: the one that leaves the fewest clusters
 // idle. A larger one wins a tie, because its pages are read from memory fewer times; alone, a pair

@@ -45,7 +45,7 @@ void check_parts(const Schedule& schedule, const std::vector<std::int32_t>& leng
       // Parts whose range touches the item's, and some more on either side, which have to stay
       // away.
       const std::int64_t end = start + schedule.item_cost(blocks);
-      const auto first = std::max<std::int64_t>(start / schedule.payload - 3, 0);
+      const auto first = std::max<std::int64_t>((start - shape.overhead) / schedule.payload - 3, 0);
       const auto last = std::min<std::int64_t>(end / schedule.payload + 3, shape.num_parts - 1);
       std::int32_t next_block = 0, pieces = 0, count = -1, first_part = -1;
       for (auto part = static_cast<std::int32_t>(first); part <= last; ++part) {
@@ -55,9 +55,8 @@ void check_parts(const Schedule& schedule, const std::vector<std::int32_t>& leng
           count = piece.count;
           first_part = part;
         }
-        // Every block once, in order, by parts that stand side by side; cuts on even blocks.
+        // Every block once, in order, by parts that stand side by side.
         ASSERT_EQ(piece.begin, next_block);
-        ASSERT_EQ(piece.begin % 2, 0);
         ASSERT_EQ(piece.index, pieces);
         ASSERT_EQ(piece.count, count);
         ASSERT_EQ(piece.first_part, first_part);
@@ -74,9 +73,8 @@ void check_parts(const Schedule& schedule, const std::vector<std::int32_t>& leng
   }
   ASSERT_EQ(start, total);
   const std::int64_t most = *std::max_element(cost.begin(), cost.end());
-  // A part does its payload, and what even cuts and undivided overheads add; unsplit, up to one
-  // item more.
-  EXPECT_LE(most, schedule.payload + shape.overhead + (shape.split ? 2 : longest));
+  // A part does its payload, and what undivided overheads add; unsplit, up to one item more.
+  EXPECT_LE(most, schedule.payload + shape.overhead + (shape.split ? 0 : longest));
 }
 
 // Equal items and more of them than parts: the cuts may lie between them, and then nothing is
@@ -116,7 +114,7 @@ void check_schedule(const ScheduleShape& shape, const std::vector<std::int32_t>&
   });
   if (equal) check_aligned(ranges, lengths);
   for (std::int32_t payload = ranges.least_whole_payload(blocks);
-       payload <= ranges.payload + shape.overhead; payload += 2) {
+       payload <= ranges.payload + shape.overhead; ++payload) {
     std::int64_t pieces = 0;
     for (const std::int32_t length : lengths) {
       pieces += shape.items_per_request * ceil_div(schedule_blocks(length), payload);
@@ -134,7 +132,7 @@ std::vector<ScheduleShape> shapes() {
   for (const int num_parts : {1, 2, 3, 66, 132}) {
     for (const int items_per_request : {1, 2, 7}) {
       for (const int overhead : {1, 2, 5}) {
-        for (const int min_blocks : {2, 8}) {
+        for (const int min_blocks : {1, 2, 8}) {
           for (const bool split : {true, false}) {
             shapes.push_back({.num_parts = num_parts,
                               .items_per_request = items_per_request,

@@ -1,5 +1,6 @@
-// Finds, inside a CTA, the request in which a part of the schedule starts (core/schedule.h): the
-// first thing a persistent CTA does, so latency counts. Prefix sums over the lengths on two levels:
+// Finds the request in which a part of the schedule starts (core/schedule.h): the first thing a
+// persistent CTA does, so latency counts. Prefix sums over the lengths on two levels, by a team of
+// warps:
 //
 //   1. each warp owns a contiguous range of requests, loads their lengths (coalesced, kRows loads
 //      per lane in flight) and sums their costs with redux.sync;
@@ -8,9 +9,8 @@
 //   3. that warp finds the request with one scan over 32 lengths it still holds; a second barrier
 //      publishes it.
 //
-// Up to kThreads requests cost one load per lane, up to kRows * kThreads one batch of loads; beyond
-// that the owning warp reads its range again. No atomics, no global memory: two CTAs agree because
-// they compute the same thing.
+// A team of one warp needs no barrier. No atomics, no global memory: two CTAs agree because they
+// compute the same thing, whatever their teams.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,8 +18,28 @@
 #include <cstdint>
 
 #include "core/schedule.h"
+#include "cuda/ptx/sync.cuh"
 
 namespace flash_mla::cuda {
+
+// Payloads that are tried for whole parts.
+inline constexpr int kWholePayloads = 16;
+
+// kThreads threads side by side that start at a multiple of kThreads; they meet at named barrier
+// kBarrier.
+template <int kThreads_, int kBarrier>
+struct Team {
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kWarps = kThreads / 32;
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024);
+  __device__ __forceinline__ static void meet() {
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      ptx::named_barrier_sync(kBarrier, kThreads);
+    }
+  }
+};
 
 // Longest request that a block table of `max_pages` columns allows, held below 2^31 - 64 so that
 // rounding up to blocks is safe.
@@ -39,12 +59,11 @@ struct Start {
   std::int64_t request_start_cost;  // cost of all requests before it
 };
 
-template <int kThreads>
+template <typename Team>
 struct FindStartScratch {
-  static_assert(kThreads % 32 == 0 && kThreads <= 1024);
-  std::uint32_t warp_units[kThreads / 32];  // costs, of one item of each request
-  std::uint32_t warp_most[kThreads / 32];   // the largest of them
-  std::int32_t whole[kThreads / 32];        // payloads with which items take whole parts, or 0
+  std::uint32_t warp_units[Team::kWarps];  // costs, of one item of each request
+  std::uint32_t warp_most[Team::kWarps];   // the largest of them
+  std::int32_t whole[Team::kWarps];        // payloads with which items take whole parts, or 0
   Start start;
 };
 
@@ -53,19 +72,18 @@ struct FindStartScratch {
 // begin in the overhead of one, and without splitting (!shape.split) it only has items that begin
 // in it.
 //
-// All kThreads threads of the CTA (one-dimensional) call it together with equal arguments and get
-// equal results. cache_seqlens is [b], lengths are clamped to 0 .. max_len (max_seqlen()).
-// `schedule` is overwritten. `scratch` is shared memory; a __syncthreads() must lie between the
-// call and the next use of that memory.
-template <int kThreads>
+// All threads of the team call it together with equal arguments and get equal results.
+// cache_seqlens is [b], lengths are clamped to 0 .. max_len (max_seqlen()). `schedule` is
+// overwritten. `scratch` is shared memory; the team must meet before that memory is used again.
+template <typename Team>
 __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, std::int32_t max_len,
                             const ScheduleShape& shape, std::int32_t part, Schedule& schedule,
-                            FindStartScratch<kThreads>& scratch) {
-  constexpr int kWarps = kThreads / 32;
+                            FindStartScratch<Team>& scratch) {
+  constexpr int kThreads = Team::kThreads, kWarps = Team::kWarps;
   constexpr int kRows = 4;  // lengths a lane has in flight: 32 requests side by side make a row
   constexpr std::uint32_t kAllLanes = 0xffffffff;
   const std::int32_t lane = threadIdx.x % 32;
-  const std::int32_t warp = threadIdx.x / 32;
+  const std::int32_t warp = threadIdx.x % kThreads / 32;
   const std::int32_t warp_requests = (b + kThreads - 1) / kThreads * 32;
   const std::int32_t warp_begin = warp * warp_requests;
   const std::int32_t warp_end = min(b, warp_begin + warp_requests);
@@ -97,7 +115,7 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     scratch.warp_units[warp] = units;
     scratch.warp_most[warp] = most;
   }
-  __syncthreads();
+  Team::meet();
 
   std::uint32_t total = 0, before = 0;
 #pragma unroll
@@ -111,24 +129,29 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
   if (shape.split && b * shape.items_per_request > shape.num_parts) {
     if (total == b * most) schedule.align_to_items(b * shape.items_per_request, most);
   } else if (shape.split) {
-    // Every warp tries another payload.
+    // The warps share the payloads to try; the least that does it counts.
     const std::int64_t blocks =
         static_cast<std::int64_t>(total - b * shape.overhead) * shape.items_per_request;
-    const std::int32_t payload = schedule.least_whole_payload(blocks) + 2 * warp;
-    std::int32_t pieces = 0;
+    const std::int32_t least = schedule.least_whole_payload(blocks);
+    std::int32_t found = 0;
 #pragma unroll 1
-    for (std::int32_t at = lane; at < b; at += 32) {
-      pieces += ceil_div(schedule_blocks(clamp_seqlen(cache_seqlens[at], max_len)), payload);
-    }
-    pieces = __reduce_add_sync(kAllLanes, pieces) * shape.items_per_request;
-    if (lane == 0) {
-      scratch.whole[warp] = schedule.improved_by_whole_parts(payload, pieces) ? payload : 0;
-    }
-    __syncthreads();
+    for (int i = warp; i < kWholePayloads && found == 0; i += kWarps) {
+      std::int32_t pieces = 0;
 #pragma unroll 1
-    for (int i = 0; i < kWarps && !schedule.whole_parts; ++i) {
-      if (scratch.whole[i] > 0) schedule = Schedule(shape, scratch.whole[i], true);
+      for (std::int32_t at = lane; at < b; at += 32) {
+        pieces += ceil_div(schedule_blocks(clamp_seqlen(cache_seqlens[at], max_len)), least + i);
+      }
+      pieces = __reduce_add_sync(kAllLanes, pieces) * shape.items_per_request;
+      if (schedule.improved_by_whole_parts(least + i, pieces)) found = least + i;
     }
+    if (lane == 0) scratch.whole[warp] = found;
+    Team::meet();
+#pragma unroll 1
+    for (int i = 0; i < kWarps; ++i) {
+      const std::int32_t payload = scratch.whole[i];
+      if (payload > 0 && (found == 0 || payload < found)) found = payload;
+    }
+    if (found > 0) schedule = Schedule(shape, found, true);
   }
   std::int32_t first = warp_begin, last = warp_end;
   if (schedule.whole_parts) {
@@ -138,9 +161,10 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     first = 0;
     last = b;
   }
-  // In costs of one item of each request.
-  const std::uint32_t position = static_cast<std::uint32_t>(schedule.part_begin(part)) /
-                                 static_cast<std::uint32_t>(shape.items_per_request);
+  // In costs of one item of each request. (A division is a hundred clocks of a short decode.)
+  const auto begin = static_cast<std::uint32_t>(schedule.part_begin(part));
+  const std::uint32_t position =
+      shape.items_per_request == 1 ? begin : begin / shape.items_per_request;
   if (!schedule.whole_parts) {
     mine = position >= total ? warp == 0 : position >= before && position < before + units;
     if (position >= total) first = last;
@@ -168,7 +192,7 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
       before += __shfl_sync(kAllLanes, up_to, 31);
     }
   }
-  __syncthreads();
+  Team::meet();
   return scratch.start;
 }
 

@@ -104,14 +104,16 @@ __device__ void write_part(const PlanArgs& args, const Schedule& schedule, const
 __global__ void __launch_bounds__(kThreads) plan_split(const __grid_constant__ PlanArgs args) {
   using CostScan = cub::BlockScan<std::int64_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
   using PieceScan = cub::BlockScan<std::int32_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-  __shared__ FindStartScratch<kThreads> find_start_scratch;
+  using AllThreads = Team<kThreads, 0>;
+  __shared__ FindStartScratch<AllThreads> find_start_scratch;
   __shared__ typename CostScan::TempStorage cost_scan;
   __shared__ typename PieceScan::TempStorage piece_scan;
   __shared__ Start starts[kMaxParts];
 
   Schedule schedule(args.shape, 0);
-  find_start<kThreads>(args.cache_seqlens, args.b, args.max_len, args.shape, 0, schedule,
-                       find_start_scratch);
+  find_start<AllThreads>(args.cache_seqlens, args.b, args.max_len, args.shape, 0, schedule,
+                         find_start_scratch);
+  __syncthreads();
 
   std::int64_t tile_cost = 0;  // of all requests before the tile; after the loop, of everything
   std::int32_t tile_pieces = 0;

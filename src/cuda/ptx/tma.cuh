@@ -15,6 +15,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// Brings a line of global memory into L2.
+__device__ __forceinline__ void prefetch_line(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+
 // The box at `at` lands at `shared` (in each CTA of `mask` at the same place), and its bytes are
 // counted on `barrier` there. Coordinates outside the tensor read as zeros.
 template <bool kMulticast>

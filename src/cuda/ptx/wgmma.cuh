@@ -1,8 +1,9 @@
 // Warpgroup matrix products (wgmma): m64nNk16, fp32 accumulators, bf16 or fp16 operands, B from
 // shared memory.
 //
-// One wrapper per operand placement that MLA needs: the scores S = Q K^T (n64, B K-major) and the
-// output O += P V (n256, B MN-major), each with A from shared memory (ss) or from registers (rs).
+// One wrapper per operand placement that MLA needs: the scores S = Q K^T (n64, B K-major) with A
+// from shared memory (ss) or from registers (rs), and the output O += P V (n128, B MN-major) with A
+// from registers.
 // Reference: PTX ISA, "Asynchronous warpgroup-level matrix instructions". All 128 threads of the
 // warpgroup call each of them.
 #pragma once
@@ -32,6 +33,14 @@ template <int kCount>
 __device__ __forceinline__ void pin(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// Says that the values so far are no longer needed: products that overwrite accumulators name them
+// as operands all the same.
+template <int kCount>
+__device__ __forceinline__ void forget(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(x[i])::"memory");
 }
 
 // Descriptors of a 128-byte-swizzled operand that starts at shared address `address`, 1024-byte
@@ -90,15 +99,15 @@ struct Wgmma<__nv_bfloat16> {
       "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
   }
-  // d[64] (+)= A[64, 16] * B[16, 128]; B is MN-major; `accumulate` false overwrites d.
-  __device__ static __forceinline__ void n128_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  // d[64] (+)= A[64, 16] * B[16, 128], A from registers; B is MN-major; `accumulate` false overwrites d.
+  __device__ static __forceinline__ void n128_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile(
-    "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+    "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
     "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
     "%56, %57, %58, %59, %60, %61, %62, %63"
-    "}, %64, %65, p, 1, 1, 0, 1; }"
+    "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"
     :
       "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
@@ -110,7 +119,7 @@ struct Wgmma<__nv_bfloat16> {
       "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
       "+f"(d[63])
-    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
   }
 };
 
@@ -146,15 +155,15 @@ struct Wgmma<__half> {
       "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
   }
-  // d[64] (+)= A[64, 16] * B[16, 128]; B is MN-major; `accumulate` false overwrites d.
-  __device__ static __forceinline__ void n128_ss(float (&d)[64], uint64_t a, uint64_t b, bool accumulate) {
+  // d[64] (+)= A[64, 16] * B[16, 128], A from registers; B is MN-major; `accumulate` false overwrites d.
+  __device__ static __forceinline__ void n128_rs(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile(
-    "{ .reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+    "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
     "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
     "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
     "%56, %57, %58, %59, %60, %61, %62, %63"
-    "}, %64, %65, p, 1, 1, 0, 1; }"
+    "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"
     :
       "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
@@ -166,7 +175,7 @@ struct Wgmma<__half> {
       "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
       "+f"(d[63])
-    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
   }
 };
 // clang-format on

@@ -96,21 +96,22 @@ struct Epilogue {
     }
   }
 
-  // In the accumulators' own order, so that every store is a full line; warps without a row store
-  // nothing.
+  // Every store of a warp is a unit; warps without a row store nothing.
   __device__ __forceinline__ void store_partial(const WorkItem& item) {
-    const int row = row_index();
-    if (row / 16 * 16 >= item.rows) return;
+    const int row = row_index(), lane = lane_index(), row_warp = row / 16;
+    if (row_warp * 16 >= item.rows) return;
+    const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);
     float* partial = partial_output(params, blockIdx.x, item.piece_index == 0);
-    if (threadIdx.x < kWarpgroup && lane_index() % 4 == 0) {
+    if (side == 0 && lane % 4 == 0) {
       partial_rows(partial)[row] = output.state[0];
       partial_rows(partial)[row + 8] = output.state[1];
     }
-    float4* target = reinterpret_cast<float4*>(partial) + threadIdx.x;
+    float4* target =
+        reinterpret_cast<float4*>(partial) + (row_warp * kUnitsPerRowWarp + side) * 32 + lane;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
-      __stcg(target + i * kOutputThreads, float4{output.at(4 * i), output.at(4 * i + 1),
-                                                 output.at(4 * i + 2), output.at(4 * i + 3)});
+      __stcg(target + i * 64, float4{output.at(4 * i), output.at(4 * i + 1), output.at(4 * i + 2),
+                                     output.at(4 * i + 3)});
     }
   }
 };

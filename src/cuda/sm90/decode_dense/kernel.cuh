@@ -28,6 +28,8 @@ __device__ __forceinline__ void init_barriers(SharedStorage& shared, int cluster
     const int readers = buffer < kHalfBuffers || buffer == kQueryBuffer ? kWarps : 2 * kWarps;
     p::mbarrier_init(&shared.empty[buffer], buffer == kQueryBuffer ? readers : readers * cluster);
   }
+  p::mbarrier_init(&shared.left_issued, kWarpgroup);
+  p::mbarrier_init(&shared.merge_full, 1);
   for (int slot = 0; slot < kRopeBuffers; ++slot) {
     p::mbarrier_init(&shared.p_ready[0][slot], kWarpgroup);
     p::mbarrier_init(&shared.p_ready[1][slot], kWarpgroup);
@@ -65,13 +67,43 @@ __device__ __forceinline__ void cluster_sync() {
   }
 }
 
+// Where this CTA's part starts. By warp kQueryWarp, or, where requests are many, by all producers.
+template <typename Team>
+__device__ __forceinline__ Walk plan(const KernelParams& params, int part,
+                                     FindStartScratch<Team>& scratch) {
+  Schedule schedule(params.schedule, 0);
+  const Start start = find_start<Team>(params.decode.cache_seqlens, params.decode.b,
+                                       max_seqlen(params.decode.max_pages), params.schedule, part,
+                                       schedule, scratch);
+  return begin_walk(params.schedule, schedule, start, part);
+}
+
+template <typename T>
+__device__ __forceinline__ void produce(const KernelParams& params, const TensorMaps& maps,
+                                        SharedStorage& shared) {
+  const auto position = Position<T::kCluster>::here(params.schedule);
+  const int warp = threadIdx.x / 32;
+  Walk walk;
+  if (params.decode.b > kOneWarpRequests) {
+    walk = plan<Producers>(params, position.part, shared.find_start.producers);
+  } else if (warp == kQueryWarp) {
+    walk = plan<OneWarp>(params, position.part, shared.find_start.warp);
+  }
+  ptx::decrease_registers<kProducerRegisters>();
+  Producer<T> producer(params, maps, shared, position);
+  if (warp == kPageWarp) {
+    producer.load_pages();
+  } else if (threadIdx.x == kQueryWarp * 32) {
+    producer.walk_items(walk);
+  }
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     decode_dense_kernel(const __grid_constant__ KernelParams params,
                         const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-  const auto position = Position<T::kCluster>::here(params.schedule);
   if (threadIdx.x == kPageWarp * 32) {
     ptx::prefetch_map(&maps.query);
     ptx::prefetch_map(&maps.half);
@@ -81,11 +113,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     init_barriers(shared, T::kCluster);
     shared.num_split_tiles = 0;
   }
-  Schedule schedule(params.schedule, 0);
-  const Start start = find_start<kThreads>(params.decode.cache_seqlens, params.decode.b,
-                                           max_seqlen(params.decode.max_pages), params.schedule,
-                                           position.part, schedule, shared.find_start);
-  const Walk walk = begin_walk(schedule, start, position.part);
   cluster_sync<T>();
 
   if (threadIdx.x < kOutputThreads) {
@@ -95,13 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::increase_registers<kScoreRegisters>();
     Scorer<T>(params, shared).run();
   } else {
-    ptx::decrease_registers<kProducerRegisters>();
-    Producer<T> producer(params, maps, shared, position);
-    if (threadIdx.x / 32 == kPageWarp) {
-      producer.load_pages();
-    } else if (threadIdx.x == kQueryWarp * 32) {
-      producer.walk_items(walk);
-    }
+    produce<T>(params, maps, shared);
   }
   cluster_sync<T>();  // the other CTA may still signal this one's barriers
 }

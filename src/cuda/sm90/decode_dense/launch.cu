@@ -29,6 +29,7 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
   FLASH_MLA_RETURN_IF_ERROR(guard.status());
   KernelParams params;
   params.decode = decode_params;
+  params.decode.causal = decode_params.causal && decode_params.s_q > 1;  // one token sees all
   params.schedule = config.schedule;
   constexpr float kLog2e = 1.44269504088896340736f;
   params.scale_log2 =

@@ -13,6 +13,7 @@
 // found.
 #pragma once
 
+#include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/decode_dense/epilogue.cuh"
 
 namespace flash_mla::cuda::decode_dense {
@@ -26,6 +27,7 @@ struct Merger {
   using Element = typename T::Element;
   const KernelParams& params;
   SharedStorage& shared;
+  uint32_t phase = 0;  // of merge_full
 
   // Called by both output warpgroups when the partial result of `item` is stored.
   __device__ __forceinline__ void arrive(const WorkItem& item) {
@@ -89,144 +91,116 @@ struct Merger {
     return true;
   }
 
-  // out = sum_k weight[k] partial[k], weight[k] = 2^(max[k] - max) / sum. The page buffers, no
-  // longer needed, hold the weights.
+  // out = sum_k weight[k] partial[k] / total, weight[k] = 2^(max[k] - max). This CTA's share of the
+  // tile is a run of units, the same in every piece, which come by bulk copies, all at once where
+  // there is room, into the page buffers: no longer needed.
   __device__ __forceinline__ void merge(const WorkItem& item, bool whole) {
     const int pieces = item.piece_count;
-    float* weights = reinterpret_cast<float*>(shared.half[0]);  // [pieces][64]
-    float* sums = reinterpret_cast<float*>(shared.half[2]);     // [pieces][64]
-    float* tops = sums + kMaxPieces * kTileRows;                // [4][64]
-    float* totals = tops + 4 * kTileRows;                       // [4][64]
-    const int row = threadIdx.x % kTileRows, quarter = threadIdx.x / kTileRows;
-    float top = kNoMaximum;
-    for (int k = quarter; k < pieces; k += 4) {
-      // Rows past the last one have no state.
-      float2 state = {kNoMaximum, 0.f};
-      if (row < item.rows)
-        state = __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k)) + row));
-      weights[k * kTileRows + row] = state.x;
-      sums[k * kTileRows + row] = state.y;
-      top = fmaxf(top, state.x);
-    }
-    tops[threadIdx.x] = top;
-    meet();
-    top = fmaxf(fmaxf(tops[row], tops[kTileRows + row]),
-                fmaxf(tops[2 * kTileRows + row], tops[3 * kTileRows + row]));
-    float total = 0.f;
-    for (int k = quarter; k < pieces; k += 4) {
-      const float weight = ptx::exp2_approx(weights[k * kTileRows + row] - top);
-      weights[k * kTileRows + row] = weight;
-      total += weight * sums[k * kTileRows + row];
-    }
-    totals[threadIdx.x] = total;
-    meet();
-    total = (totals[row] + totals[kTileRows + row]) +
-            (totals[2 * kTileRows + row] + totals[3 * kTileRows + row]);
+    const int units = ceil_div(item.rows, 16) * kUnitsPerRowWarp;
+    const int begin = whole ? 0 : ceil_div(units * item.piece_index, pieces);
+    const int end = whole ? units : ceil_div(units * (item.piece_index + 1), pieces);
+    RowState* states = reinterpret_cast<RowState*>(shared.half[0]);               // [pieces][64]
+    float4* data = reinterpret_cast<float4*>(shared.half[0]) + pieces * kUnit4s;  // [pieces][batch]
+    const int batch = min(end - begin, kRoom / (pieces * kUnitBytes) - 1);
     const Rows<Element> rows{params, item};
-    if (quarter == 0) {
-      tops[row] = total > 0.f ? __fdividef(1.f, total) : 0.f;
+    for (int first = begin; first < end; first += batch) {
+      const int count = min(batch, end - first);
+      if (first > begin) meet();  // the units before are no longer read
+      if (threadIdx.x < 32) load(item, states, data, first, count, first == begin);
+      ptx::mbarrier_wait(&shared.merge_full, phase);
+      phase ^= 1;
+      if (first == begin) weigh(item, rows, states, whole);
+      for (int unit = static_cast<int>(threadIdx.x) / 32; unit < count;
+           unit += kOutputThreads / 32) {
+        merge_unit(rows, states, data + unit * kUnit4s, count, pieces, first + unit);
+      }
+    }
+  }
+
+  static constexpr int kUnit4s = kUnitBytes / sizeof(float4);
+  static constexpr int kRoom = kHalfBuffers * kHalfBytes + kHalfBytes + kTileBytes;
+  static_assert(kRoom / (kMaxPieces * kUnitBytes) >= 2);
+  static_assert(kTileRows * sizeof(RowState) == kUnitBytes);
+
+  // By one warp.
+  __device__ __forceinline__ void load(const WorkItem& item, RowState* states, float4* data,
+                                       int first, int count, bool with_states) {
+    namespace p = ::cuda::ptx;
+    const int pieces = item.piece_count;
+    if (threadIdx.x == 0) {
+      p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared,
+                                   &shared.merge_full,
+                                   pieces * (count + (with_states ? 1 : 0)) * kUnitBytes);
+    }
+    __syncwarp();
+    p::fence_proxy_async();  // what was written and acquired here comes before the copies
+    for (int k = threadIdx.x; k < pieces; k += 32) {
+      float* source = partial_output(params, cta_of(item, k), k == 0);
+      p::cp_async_bulk(p::space_cluster, p::space_global, data + k * count * kUnit4s,
+                       reinterpret_cast<float4*>(source) + first * kUnit4s, count * kUnitBytes,
+                       &shared.merge_full);
+      if (with_states) {
+        p::cp_async_bulk(p::space_cluster, p::space_global, states + k * kTileRows,
+                         partial_rows(source), kUnitBytes, &shared.merge_full);
+      }
+    }
+  }
+
+  // Puts the weights in the place of the maxima, and 1 / total in the place of piece 0's sums. Four
+  // lanes a row.
+  __device__ __forceinline__ void weigh(const WorkItem& item, const Rows<Element>& rows,
+                                        RowState* states, bool whole) {
+    const int row = threadIdx.x / 4, first = threadIdx.x % 4;
+    const bool exists = row < item.rows;  // of the others no state was stored
+    float top = kNoMaximum;
+    for (int k = first; exists && k < item.piece_count; k += 4) {
+      top = fmaxf(top, states[k * kTileRows + row].max);
+    }
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    float total = 0.f;
+    for (int k = first; exists && k < item.piece_count; k += 4) {
+      RowState& state = states[k * kTileRows + row];
+      const float weight = ptx::exp2_approx(state.max - top);
+      total += weight * state.sum;
+      state.max = weight;
+    }
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (first == 0) {
+      states[row].sum = total > 0.f ? __fdividef(1.f, total) : 0.f;
       if (item.piece_index == 0 || whole) rows.store_lse(row, {top, total});
     }
     meet();
-    merge_output(item, rows, weights, tops, whole);
   }
 
-  // A task is what one warp holds of one tile of eight columns: 64 tasks for every 16 rows, dealt
-  // out to the pieces' CTAs. A warp, whose tasks are all of the same rows, keeps sixteen loads in
-  // flight: four tasks of four pieces each while tasks are many, one task of sixteen pieces
-  // otherwise.
-  __device__ __forceinline__ void merge_output(const WorkItem& item, const Rows<Element>& rows,
-                                               const float* weights, const float* inverses,
-                                               bool whole) {
-    const int row_warps = item.rows > 32 ? 4 : (item.rows > 16 ? 2 : 1);
-    const int tasks = 64 * row_warps;
-    const int begin = whole ? 0 : tasks * item.piece_index / item.piece_count;
-    const int end = whole ? tasks : tasks * (item.piece_index + 1) / item.piece_count;
-    int task = begin + threadIdx.x / 32;
-    const int lane = threadIdx.x % 32, row_warp = task % row_warps, row = row_warp * 16 + lane / 4;
-    const Share share = {item.piece_count,
-                         reinterpret_cast<const float4*>(piece(item, 1)) + row_warp * 32 + lane,
-                         params.schedule.team * T::kCluster *
-                             static_cast<int64_t>(2 * kPartialBytes / sizeof(float4)),
-                         weights + row,
-                         {inverses[row], inverses[row + 8]},
-                         {rows.valid(row) ? rows.out(row) + lane % 4 * 2 : nullptr,
-                          rows.valid(row + 8) ? rows.out(row + 8) + lane % 4 * 2 : nullptr}};
-    constexpr int kWarps = kOutputThreads / 32;
-#pragma unroll 1
-    for (; task + kWarps < end; task += 2 * kWarps)
-      merge_tiles<2, 8>(share, task / row_warps, kWarps / row_warps);
-#pragma unroll 1
-    for (; task < end; task += kWarps)
-      merge_tiles<1, 16>(share, task / row_warps, kWarps / row_warps);
-  }
-
-  // What a warp's tasks have in common.
-  struct Share {
-    int pieces;
-    const float4* second;  // this lane's first values of piece 1; piece 0 lies elsewhere
-    int64_t piece_stride;  // in float4
-    const float* weight;   // of this lane's row in piece 0
-    float inverse[2];      // of this lane's two rows
-    Element* out[2];       // null: no such row
-  };
-  // Piece 0 lies in slot 1 of its CTA, the others in slot 0 of theirs.
-  __device__ __forceinline__ static const float4* values(const Share& share, int k) {
-    const float4* values = share.second + (k - 1) * share.piece_stride;
-    return k == 0 ? values + kPartialBytes / sizeof(float4) : values;
-  }
-
-  // Tiles 0-31 are warpgroup 0's columns, 32-63 warpgroup 1's.
-  template <int kTiles, int kInFlight>
-  __device__ __forceinline__ void merge_tiles(const Share& share, int first_tile, int stride) {
-    int offset[kTiles];
-    float4 sum[kTiles] = {};
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const int tile = first_tile + t * stride;
-      offset[t] = tile % 32 * kOutputThreads + tile / 32 * kWarpgroup;
+  // By one warp; the pieces' units lie `stride` units apart.
+  __device__ __forceinline__ void merge_unit(const Rows<Element>& rows, const RowState* states,
+                                             const float4* data, int stride, int pieces, int unit) {
+    const int lane = threadIdx.x % 32;
+    const int row = unit / kUnitsPerRowWarp * 16 + lane / 4;
+    const int column =
+        (unit % 2) * (kHeadDimV / 2) + unit % kUnitsPerRowWarp / 2 * 8 + lane % 4 * 2;
+    const RowState* state = states + row;
+    float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 4
+    for (int k = 0; k < pieces; ++k) {
+      const float4 value = data[k * stride * kUnit4s + lane];
+      const float weight[2] = {state[k * kTileRows].max, state[k * kTileRows + 8].max};
+      sum.x += weight[0] * value.x;
+      sum.y += weight[0] * value.y;
+      sum.z += weight[1] * value.z;
+      sum.w += weight[1] * value.w;
     }
-#pragma unroll 1
-    for (int first = 0; first < share.pieces; first += kInFlight) {
-      float4 value[kInFlight][kTiles];
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (first + j >= share.pieces) break;
-        const float4* source = values(share, first + j);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) value[j][t] = __ldcg(source + offset[t]);
-      }
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (first + j >= share.pieces) break;
-        const float weight[2] = {share.weight[(first + j) * kTileRows],
-                                 share.weight[(first + j) * kTileRows + 8]};
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          sum[t].x += weight[0] * value[j][t].x;
-          sum[t].y += weight[0] * value[j][t].y;
-          sum[t].z += weight[1] * value[j][t].z;
-          sum[t].w += weight[1] * value[j][t].w;
-        }
-      }
+    const float inverse[2] = {state[0].sum, state[8].sum};
+    if (rows.valid(row)) {
+      *reinterpret_cast<uint32_t*>(rows.out(row) + column) =
+          pack<Element>(sum.x * inverse[0], sum.y * inverse[0]);
     }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const int column = (first_tile + t * stride) * 8;
-      const float* inverse = share.inverse;
-      if (share.out[0] != nullptr) {
-        *reinterpret_cast<uint32_t*>(share.out[0] + column) =
-            pack<Element>(sum[t].x * inverse[0], sum[t].y * inverse[0]);
-      }
-      if (share.out[1] != nullptr) {
-        *reinterpret_cast<uint32_t*>(share.out[1] + column) =
-            pack<Element>(sum[t].z * inverse[1], sum[t].w * inverse[1]);
-      }
+    if (rows.valid(row + 8)) {
+      *reinterpret_cast<uint32_t*>(rows.out(row + 8) + column) =
+          pack<Element>(sum.z * inverse[1], sum.w * inverse[1]);
     }
-  }
-
-  __device__ __forceinline__ float* piece(const WorkItem& item, int k) const {
-    return partial_output(params, cta_of(item, k), k == 0);
   }
 };
 

@@ -1,6 +1,7 @@
 // The two output warpgroups: O += P V of every page. Warpgroup W keeps columns 256 W .. 256 W + 255
-// of the 64 x 512 output in registers (128 a thread); P comes from the score warpgroup through
-// shared memory.
+// of the 64 x 512 output in registers (128 a thread). P comes from the score warpgroup through
+// shared memory and is multiplied from registers: as an operand in shared memory it would be read
+// twice.
 #pragma once
 
 #include "cuda/sm90/decode_dense/score.cuh"
@@ -36,8 +37,7 @@ class Output {
     for (bool first = true;; first = false) {
       if (left == 1) clear_rows_past_end(item, half);
       ptx::mbarrier_wait(&shared_.p_ready[warpgroup()][rope.slot()], rope.phase());
-      if (!first) rescale(shared_.rows.factor[rope.slot()]);
-      issue_product(half, rope);
+      multiply(half, rope, first);
       ptx::wgmma_wait<0>();
       ptx::pin(o[0]);
       ptx::pin(o[1]);
@@ -48,7 +48,7 @@ class Output {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      state[h] = shared_.rows.state[rope.slot()][row_index() + 8 * h];
+      state[h] = shared_.state[rope.slot()][row_index() + 8 * h];
     }
     release_page(half, rope);
   }
@@ -66,25 +66,37 @@ class Output {
 
   __device__ __forceinline__ void release_page(const Ring& half, const Ring& rope) {
     release<T>(&shared_.empty[half.buffer()]);
+    ptx::fence_proxy_async();  // P was written and read by threads, the next page's part comes by
+                               // TMA
+    __syncwarp();
     release<T>(&shared_.empty[rope.buffer()]);
   }
 
-  // Issues o += P V of this warpgroup's half of the page.
-  __device__ __forceinline__ void issue_product(const Ring& half, const Ring& rope) {
+  // Issues o = factor * o + P V of this warpgroup's half of the page.
+  __device__ __forceinline__ void multiply(const Ring& half, const Ring& rope, bool first) {
     const ptx::SmemDescriptor value(ptx::shared_address(shared_.half[half.buffer()]), kTileBytes,
                                     1024);
-    const ptx::SmemDescriptor probability(ptx::shared_address(shared_.rope[rope.slot()]), 16, 1024);
+    const int lane = lane_index(), row = row_index() / 16 * 16 + lane % 16;
+    const uint32_t source = ptx::shared_address(shared_.rope[rope.slot()]) + row * 128;
+    uint32_t p[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      ptx::load_matrices(p[k], source + (((2 * k + lane / 16) ^ (row & 7)) << 4));
+    }
+    if (!first) rescale(shared_.factor[rope.slot()]);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        Mma::n128_ss(o[c], probability.at(k * 32), value.at(k * 2048 + c * 2 * kTileBytes), true);
+        Mma::n128_rs(o[c], p[k], value.at(k * 2048 + c * 2 * kTileBytes), true);
       }
     }
     ptx::wgmma_commit();
+    if (warpgroup() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.left_issued);
   }
 
+  // The factor is seldom another than 1.
   __device__ __forceinline__ void rescale(const float* factors) {
     const float factor[2] = {factors[row_index()], factors[row_index() + 8]};
     if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) {

@@ -26,6 +26,7 @@ class Producer {
       item.left = rings.left.position();
       item.right = rings.right.position();
       item.rope = rings.rope.position();
+      item.query_phase = q.phase();
       end = item.end;
       ::cuda::ptx::mbarrier_arrive(&shared_.item_full[at.slot()]);
       if (end || item.pages == 0) continue;
@@ -44,6 +45,7 @@ class Producer {
   // RoPE part.
   __device__ void load_pages() {
     const int lane = threadIdx.x % 32;
+    prefetch_block_table(lane);
     Rings rings;
     int turn = 0;
     for (Ring at(0, kItems);; at.advance()) {
@@ -84,6 +86,18 @@ class Producer {
   const TensorMaps& maps_;
   SharedStorage& shared_;
   Position<T::kCluster> position_;
+
+  // Where requests are few, every page number may be the first this CTA needs: they are brought
+  // near while the work is found.
+  __device__ void prefetch_block_table(int lane) {
+    constexpr int kLinePages = 128 / sizeof(int32_t);
+    const DecodeParams& decode = params_.decode;
+    const int row_lines = ceil_div(decode.max_pages, kLinePages);
+    if (row_lines > 32 || decode.b > 32 || decode.b * row_lines > 32) return;
+    if (lane >= decode.b * row_lines) return;
+    ptx::prefetch_line(decode.block_table + lane / row_lines * decode.stride_block_table_b +
+                       lane % row_lines * kLinePages);
+  }
 
   // Waits until nobody reads the buffer any more, and announces `bytes`.
   __device__ uint64_t* begin_load(const Ring& at, int bytes) {

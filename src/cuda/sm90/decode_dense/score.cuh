@@ -5,10 +5,15 @@
 // memory room for half a page more, and spares it a quarter of what the scores read. P is written
 // over the page's own RoPE part, which nobody needs once the scores are there.
 //
-// The tensor cores serve the warpgroups in turns, so what is issued when decides what waits.
-// Warpgroup 0 may have P as soon as it is there; warpgroup 1 gets it only when the next page's
-// scores have been issued. Then the order is: scores of page j | right output of page j - 1, under
-// which the softmax of page j runs | left output of page j, and so on without a gap.
+// The tensor cores serve the warpgroups in turns, so what is issued when decides what waits. The
+// order is laid down with barriers, page by page:
+//
+//   scores of page j | right output of page j - 1, under which the softmax of page j runs | left
+//   output of page j | scores of page j + 1 ...
+//
+// Warpgroup 1 gets P of page j - 1 only when the scores of page j have been issued, and those of
+// page j + 1 wait until warpgroup 0 has issued its output of page j. So the left half of a page,
+// of which there are two buffers, is free soonest.
 #pragma once
 
 #include "cuda/ptx/matrix.cuh"
@@ -63,19 +68,20 @@ class Scorer {
   float s_[32];
   float row_max_[2], row_sum_[2];
   Rings at_;
-  Ring query_at_{kQueryBuffer, 1};
+  uint32_t left_phase_ = 1;  // passes at once the first time
 
   __device__ __forceinline__ void run_item(const WorkItem& item) {
-    load_query();
+    load_query(item.query_phase);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       row_max_[h] = kNoMaximum;
       row_sum_[h] = 0.f;
     }
-    const int pages = item.pages;
     int slot = 0;
 #pragma unroll 1
-    for (int page = 0; page < pages; ++page) {
+    for (int page = 0; page < item.pages; ++page) {
+      ptx::mbarrier_wait(&shared_.left_issued, left_phase_);
+      left_phase_ ^= 1;
       issue_scores();
       if (page > 0) hand_over(1, slot);
       ptx::wgmma_wait<0>();
@@ -83,8 +89,8 @@ class Scorer {
       slot = at_.rope.slot();
       at_.advance();
       if (page >= item.open_pages) mask(item, page);
-      softmax(slot);
-      if (page + 1 < pages) hand_over(0, slot);
+      softmax(slot, page == 0);
+      if (page + 1 < item.pages) hand_over(0, slot);
     }
     if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.empty[kQueryBuffer]);
     publish_state(slot);
@@ -93,7 +99,7 @@ class Scorer {
   }
 
   // Half of Q comes through the ring of the pages.
-  __device__ __forceinline__ void load_query() {
+  __device__ __forceinline__ void load_query(uint32_t phase) {
     const int buffer = at_.right.buffer(), lane = lane_index();
     const int row = row_index() / 16 * 16 + lane % 16;
     const uint32_t source = ptx::shared_address(shared_.half[buffer]) + row * 128;
@@ -109,8 +115,7 @@ class Scorer {
     __syncwarp();
     release<T>(&shared_.empty[buffer]);
     at_.right.advance();
-    ptx::mbarrier_wait(&shared_.full[kQueryBuffer], query_at_.phase());
-    query_at_.advance();
+    ptx::mbarrier_wait(&shared_.full[kQueryBuffer], phase);
   }
 
   // Issues S = Q K^T of the next page as its parts arrive.
@@ -122,6 +127,7 @@ class Scorer {
     const ptx::SmemDescriptor left = operand(shared_.half[at_.left.buffer()]);
     const ptx::SmemDescriptor rope = operand(shared_.rope[at_.rope.slot()]);
     const ptx::SmemDescriptor q_left = operand(shared_.q_left), q_rope = operand(shared_.q_rope);
+    ptx::forget(s_);
     wait_for(at_.right);
 #pragma unroll
     for (int i = 0; i < 4 * kHalfTiles; ++i) {
@@ -165,42 +171,68 @@ class Scorer {
   }
 
   // S -> P, in shared memory, with what the output so far must be multiplied with.
-  __device__ __forceinline__ void softmax(int slot) {
+  //
+  // The exponentials are taken with the maximum that earlier pages left. Most pages do not exceed
+  // it by much, their sums show that, and neither a maximum nor a comparison between lanes is
+  // needed. The last normalisation makes it exact. (The idea of rescaling seldom is
+  // FlashAttention-4's.)
+  __device__ __forceinline__ void softmax(int slot, bool first) {
     if (params_.negate_scores) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) s_[i] = -s_[i];
     }
-    const float scale = params_.scale_log2;
-    float top[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int i = 0; i < 32; ++i) top[(i >> 1) & 1] = fmaxf(top[(i >> 1) & 1], s_[i]);
+    float factor[2] = {1.f, 1.f}, sum[2];
+    uint32_t p[4][4];
+    bool raise = first;
+#pragma unroll 1
+    do {
+      if (raise) raise_maximum(factor);
+      exponentiate(p, sum);
+      raise = !raise && __any_sync(~0u, !(sum[0] + sum[1] <= kLargestSum));
+    } while (raise);
+    row_sum_[0] += sum[0];
+    row_sum_[1] += sum[1];
     const int lane = lane_index(), row = row_index();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-      top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2)) * scale;
-      const float next = top[h] > row_max_[h] + kRescaleThreshold ? top[h] : row_max_[h];
-      const float factor = ptx::exp2_approx(row_max_[h] - next);
-      row_max_[h] = next;
-      row_sum_[h] *= factor;
-      if (lane % 4 == 0) shared_.rows.factor[slot][row + 8 * h] = factor;
-    }
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      s_[i] = ptx::exp2_approx(fmaf(s_[i], scale, -row_max_[(i >> 1) & 1]));
-      row_sum_[(i >> 1) & 1] += s_[i];
+    if (lane % 4 == 0) {
+      shared_.factor[slot][row] = factor[0];
+      shared_.factor[slot][row + 8] = factor[1];
     }
     // Four 8 x 8 matrices at a time: rows 0-7, 8-15 of the warp, of 16 columns.
     const int target_row = row / 16 * 16 + lane % 16;
     const uint32_t target = ptx::shared_address(shared_.rope[slot]) + target_row * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      uint32_t p[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) p[j] = pack<Element>(s_[8 * k + 2 * j], s_[8 * k + 2 * j + 1]);
-      ptx::store_matrices(target + (((2 * k + lane / 16) ^ (target_row & 7)) << 4), p);
+      ptx::store_matrices(target + (((2 * k + lane / 16) ^ (target_row & 7)) << 4), p[k]);
     }
-    ptx::fence_proxy_async();
+  }
+
+  // S -> P as A fragments, and this thread's sums of its two rows.
+  __device__ __forceinline__ void exponentiate(uint32_t (&p)[4][4], float (&sum)[2]) const {
+    sum[0] = sum[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < 32; i += 2) {
+      const int h = (i >> 1) & 1;
+      const float low = ptx::exp2_approx(fmaf(s_[i], params_.scale_log2, -row_max_[h]));
+      const float high = ptx::exp2_approx(fmaf(s_[i + 1], params_.scale_log2, -row_max_[h]));
+      sum[h] += low + high;
+      p[i / 8][i / 2 % 4] = pack<Element>(low, high);
+    }
+  }
+
+  // Brings the maxima up to this page's. `factor` is what everything before is multiplied with.
+  __device__ __forceinline__ void raise_maximum(float (&factor)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int i = 2 * h; i < 32; i += 4) top = fmaxf(top, fmaxf(s_[i], s_[i + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * params_.scale_log2;
+      const float next = fmaxf(row_max_[h], top);
+      factor[h] = ptx::exp2_approx(row_max_[h] - next);
+      row_max_[h] = next;
+      row_sum_[h] *= factor[h];
+    }
   }
 
   // The rows' maxima and sums, complete with the last page of the item.
@@ -211,7 +243,7 @@ class Scorer {
       float sum = row_sum_[h];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if (lane % 4 == 0) shared_.rows.state[slot][row + 8 * h] = {row_max_[h], sum};
+      if (lane % 4 == 0) shared_.state[slot][row + 8 * h] = {row_max_[h], sum};
     }
   }
 };

@@ -17,8 +17,11 @@ struct RowState {
   float max, sum;
 };
 
-// A partial output: [32][256 threads][4] fp32 in the accumulators' own order, then the RowState of
-// 64 rows.
+// A partial result: units of 512 bytes, the four accumulators of each lane of a warp for one tile
+// of eight columns, [4 warps of 16 rows][32 tiles][left, right half][32 lanes][4] fp32, so that the
+// units of the first 16 n rows come first; then the RowState of 64 rows.
+inline constexpr int kUnitBytes = 512;
+inline constexpr int kUnitsPerRowWarp = 64;
 inline constexpr int kPartialFloats = kTileRows * kHeadDimV;
 inline constexpr std::size_t kPartialBytes =
     kPartialFloats * sizeof(float) + kTileRows * sizeof(RowState);

@@ -38,16 +38,22 @@ inline constexpr int kPageWarp = 12;   // issues the page loads, of warpgroup 3
 inline constexpr int kQueryWarp = 13;  // walks the work items; two more warps idle
 inline constexpr int kThreads = 4 * kWarpgroup;
 // setmaxnreg draws on the 4 x 128 registers the CTA is launched with: 2 x 160 + 152 + 40 = 512.
-inline constexpr int kOutputRegisters = 168;
+inline constexpr int kOutputRegisters = 176;
 inline constexpr int kScoreRegisters = 128;
-inline constexpr int kProducerRegisters = 48;
+inline constexpr int kProducerRegisters = 32;
 
-// The output is rescaled only when the running maximum grew by more than 2^8 (log2 units); the
-// final normalisation makes it exact. Idea: FlashAttention-4.
-inline constexpr float kRescaleThreshold = 8.f;
+// A page's exponentials with the maximum of the pages before may sum up to this in a thread; more
+// raises the maximum. A half holds it.
+inline constexpr float kLargestSum = 32768.f;
 inline constexpr float kNoMaximum = -1e30f;
 
-enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */ };
+enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */, kProducersMeet = 4 };
+
+// Who finds where the CTA's part starts: one warp, unless requests are so many that its loads would
+// take several rounds.
+using OneWarp = Team<32, 0>;
+using Producers = Team<kWarpgroup, kProducersMeet>;
+inline constexpr int kOneWarpRequests = 128;
 
 // Shared memory holds two left halves of pages (columns 0-255), three right halves (256-511) and
 // three RoPE parts (512-575), each kind a ring of buffers, and the left half and RoPE part of Q.
@@ -100,6 +106,7 @@ struct WorkItem {
   int32_t first_token, seqlen;  // token of the first page's first row; tokens of the request
   int32_t piece_index, piece_count;
   int32_t left, right, rope;  // the rings' positions at its begin; Q's right half goes first
+  uint32_t query_phase;       // with which the rest of Q is waited for
   int32_t end;                // no more work, the other members mean nothing
 };
 
@@ -108,8 +115,8 @@ struct Walk {
   int32_t payload;   // of the schedule
   bool whole_parts;  // likewise
   int32_t request, seqlen;
-  int32_t item;      // of the request's items
-  int32_t relative;  // cost at which the item starts, from the part's begin
+  int32_t head, chunk;  // of the request's items
+  int32_t relative;     // cost at which the item starts, from the part's begin
 };
 
 // A tile of which this CTA did one of several pieces: to be merged when all pieces are there.
@@ -122,23 +129,24 @@ struct SplitTile {
 struct SharedStorage {
   alignas(1024) uint8_t half[kHalfBuffers][kHalfBytes];  // of pages; Q's right half on its way to
                                                          // registers
-  alignas(1024) uint8_t rope[kRopeBuffers][kTileBytes];  // the RoPE part of a page, then P
   alignas(1024) uint8_t q_left[kHalfBytes];
   alignas(1024) uint8_t q_rope[kTileBytes];
-  union {
-    struct {
-      float factor[kRopeBuffers][kTileRows];    // what the output is multiplied with first
-      RowState state[kRopeBuffers][kTileRows];  // of an item, with its last page
-    } rows;
-    FindStartScratch<kThreads> find_start;
-  };
+  alignas(1024) uint8_t rope[kRopeBuffers][kTileBytes];  // the RoPE part of a page, then P
+  float factor[kRopeBuffers][kTileRows];    // what the output is multiplied with before the page
+  RowState state[kRopeBuffers][kTileRows];  // of an item, with its last page
   WorkItem items[kItems];
   SplitTile split_tiles[2];  // a part has at most two split items: the one it ends with, and the
                              // one it begins with
   uint64_t full[kBuffers], empty[kBuffers];
+  uint64_t left_issued;               // the left output of a page is with the tensor cores
+  uint64_t merge_full;                // partial results are here
   uint64_t p_ready[2][kRopeBuffers];  // for each of the output warpgroups
   uint64_t item_full[kItems], item_empty[kItems];
   int32_t num_split_tiles, merge_ready;
+  union {
+    FindStartScratch<OneWarp> warp;
+    FindStartScratch<Producers> producers;
+  } find_start;
 };
 static_assert(sizeof(SharedStorage) <= 232448, "a CTA has 227 KB of shared memory on sm_90");
 

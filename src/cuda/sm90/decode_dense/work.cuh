@@ -11,9 +11,9 @@ template <int kCluster>
 struct Position {
   int32_t part, member, rank;
   __device__ static Position here(const ScheduleShape& shape) {
-    const int cluster = blockIdx.x / kCluster;
-    return {cluster / shape.team, cluster % shape.team,
-            static_cast<int32_t>(blockIdx.x % kCluster)};
+    const int cluster = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
+    if (shape.team == 1) return {cluster, 0, rank};
+    return {cluster / shape.team, cluster % shape.team, rank};
   }
 };
 
@@ -23,13 +23,18 @@ __device__ __forceinline__ int visible_tokens(const KernelParams& params, int se
 }
 
 // First step of a walk: the item in which this part begins.
-__device__ inline Walk begin_walk(const Schedule& schedule, const Start& start, int part) {
-  Walk walk = {schedule.payload, schedule.whole_parts, start.request, start.seqlen, 0, 0};
+__device__ inline Walk begin_walk(const ScheduleShape& shape, const Schedule& schedule,
+                                  const Start& start, int part) {
+  Walk walk = {schedule.payload, schedule.whole_parts, start.request, start.seqlen, 0, 0, 0};
   walk.relative = static_cast<int32_t>(start.request_start_cost - schedule.part_begin(part));
   // Of the request's items, all equal in cost, skip those that end before this part begins.
   const int32_t cost = schedule.item_cost(schedule_blocks(walk.seqlen));
-  if (part > 0 && walk.relative < 0) walk.item = -walk.relative / cost;
-  walk.relative += walk.item * cost;
+  if (walk.relative <= -cost) {
+    const int item = -walk.relative / cost;
+    walk.head = item / shape.chunks;
+    walk.chunk = item % shape.chunks;
+    walk.relative += item * cost;
+  }
   return walk;
 }
 
@@ -44,12 +49,12 @@ __device__ __forceinline__ void next_item(const KernelParams& params,
   while (walk.request < decode.b && walk.relative < walk.payload) {
     const int blocks = schedule_blocks(walk.seqlen);
     const Piece piece = schedule.piece_from(walk.relative, blocks, position.part);
-    const int group = walk.item % shape.chunks * shape.team + position.member;
+    const int group = walk.chunk * shape.team + position.member;
     const bool has_work = !piece.empty() && group * kCluster * kTileRows <
                                                 params.rows;  // the last chunk may be short
     if (has_work) {
       item.request = walk.request;
-      item.head = walk.item / shape.chunks;
+      item.head = walk.head;
       item.first_row = (group * kCluster + position.rank) * kTileRows;
       item.rows = min(max(params.rows - item.first_row, 0), kTileRows);
       item.seqlen = walk.seqlen;
@@ -63,11 +68,14 @@ __device__ __forceinline__ void next_item(const KernelParams& params,
       item.end = 0;
     }
     walk.relative += schedule.item_cost(blocks);
-    if (++walk.item == shape.items_per_request) {
-      walk.item = 0;
-      if (++walk.request < decode.b) {
-        walk.seqlen =
-            clamp_seqlen(__ldg(decode.cache_seqlens + walk.request), max_seqlen(decode.max_pages));
+    if (++walk.chunk == shape.chunks) {
+      walk.chunk = 0;
+      if (++walk.head == decode.h_kv) {
+        walk.head = 0;
+        if (++walk.request < decode.b) {
+          walk.seqlen = clamp_seqlen(__ldg(decode.cache_seqlens + walk.request),
+                                     max_seqlen(decode.max_pages));
+        }
       }
     }
     if (has_work) return;
