@@ -82,5 +82,15 @@ __device__ __forceinline__ unsigned long long atomic_add_gpu(unsigned long long*
                : "memory");
   return before;
 }
+// The same where nothing is published with it.
+__device__ __forceinline__ unsigned long long atomic_add_relaxed(unsigned long long* pointer,
+                                                                 unsigned long long addend) {
+  unsigned long long before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(pointer), "l"(addend)
+               : "memory");
+  return before;
+}
 
 }  // namespace flash_mla::cuda::ptx

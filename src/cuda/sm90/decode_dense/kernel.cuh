@@ -19,26 +19,30 @@
 
 namespace flash_mla::cuda::decode_dense {
 
+// Arrivals that complete a phase of barrier `i` of Barriers.
+__device__ __forceinline__ int arrivals(int i, int cluster) {
+  constexpr int kWarps = kWarpgroup / 32;
+  i -= kBuffers;
+  if (i < 0) return 1;  // full: who announces the bytes
+  // The last readers' warps, of both CTAs; Q's are of this one.
+  if (i < kHalfBuffers) return kWarps * cluster;
+  if (i < kQueryBuffer) return 2 * kWarps * cluster;
+  if (i < kBuffers) return kWarps;
+  i -= kBuffers;
+  if (i < 2 * kRopeBuffers + 1) return kWarpgroup;  // p_ready, left_issued
+  i -= 2 * kRopeBuffers + 1;
+  return i < kItems ? 1 : 3 * kWarps + 1;  // item_empty: warpgroups 0 to 2, page warp
+}
+
+// By one warpgroup.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared, int cluster) {
   namespace p = ::cuda::ptx;
-  constexpr int kWarps = kWarpgroup / 32;
-  for (int buffer = 0; buffer < kBuffers; ++buffer) {
-    p::mbarrier_init(&shared.full[buffer], 1);
-    // The last readers' warps: of both CTAs, but for Q.
-    const int readers = buffer < kHalfBuffers || buffer == kQueryBuffer ? kWarps : 2 * kWarps;
-    p::mbarrier_init(&shared.empty[buffer], buffer == kQueryBuffer ? readers : readers * cluster);
+  const int i = threadIdx.x % kWarpgroup;
+  static_assert(kBarriers <= kWarpgroup);
+  if (i < kBarriers) {
+    p::mbarrier_init(reinterpret_cast<uint64_t*>(&shared.barriers) + i, arrivals(i, cluster));
+    p::fence_mbarrier_init(p::sem_release, p::scope_cluster);
   }
-  p::mbarrier_init(&shared.left_issued, kWarpgroup);
-  p::mbarrier_init(&shared.merge_full, 1);
-  for (int slot = 0; slot < kRopeBuffers; ++slot) {
-    p::mbarrier_init(&shared.p_ready[0][slot], kWarpgroup);
-    p::mbarrier_init(&shared.p_ready[1][slot], kWarpgroup);
-  }
-  for (int i = 0; i < kItems; ++i) {
-    p::mbarrier_init(&shared.item_full[i], 1);
-    p::mbarrier_init(&shared.item_empty[i], 3 * kWarps + 1);  // warpgroups 0 to 2, page warp
-  }
-  p::fence_mbarrier_init(p::sem_release, p::scope_cluster);
 }
 
 template <typename T>
@@ -46,13 +50,13 @@ __device__ __forceinline__ void put_out(const KernelParams& params, SharedStorag
   Output<T> output(params, shared);
   Merger<T> merger{params, shared};
   for (Ring at(0, kItems);; at.advance()) {
-    ptx::mbarrier_wait(&shared.item_full[at.slot()], at.phase());
+    ptx::mbarrier_wait(&shared.barriers.item_full[at.slot()], at.phase());
     const WorkItem& item = shared.items[at.slot()];
     if (item.end) break;
     output.run(item);
     Epilogue<T>{output, params}.run(item);
     if (item.piece_count > 1) merger.arrive(item);
-    if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared.item_empty[at.slot()]);
+    if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared.barriers.item_empty[at.slot()]);
   }
   merger.finish();
 }
@@ -78,24 +82,26 @@ __device__ __forceinline__ Walk plan(const KernelParams& params, int part,
   return begin_walk(params.schedule, schedule, start, part);
 }
 
+// What comes before all roles meet, the lengths first: a short decode waits for little else.
 template <typename T>
-__device__ __forceinline__ void produce(const KernelParams& params, const TensorMaps& maps,
+__device__ __forceinline__ Walk prepare(const KernelParams& params, const TensorMaps& maps,
                                         SharedStorage& shared) {
-  const auto position = Position<T::kCluster>::here(params.schedule);
-  const int warp = threadIdx.x / 32;
-  Walk walk;
-  if (params.decode.b > kOneWarpRequests) {
-    walk = plan<Producers>(params, position.part, shared.find_start.producers);
-  } else if (warp == kQueryWarp) {
-    walk = plan<OneWarp>(params, position.part, shared.find_start.warp);
+  const int warp = threadIdx.x / 32, warpgroup = threadIdx.x / kWarpgroup;
+  Walk walk = {};
+  if (warpgroup == kProducerWarpgroup) {
+    const int part = Position<T::kCluster>::here(params.schedule).part;
+    if (warp == kPageWarp) prefetch(params, maps);
+    if (params.decode.b > kOneWarpRequests) {
+      walk = plan<Producers>(params, part, shared.find_start.producers);
+    } else if (warp == kQueryWarp) {
+      walk = plan<OneWarp>(params, part, shared.find_start.warp);
+    }
+  } else if (warpgroup == kScoreWarpgroup) {
+    init_barriers(shared, T::kCluster);
+  } else if (threadIdx.x == 0) {
+    shared.num_split_tiles = 0;
   }
-  ptx::decrease_registers<kProducerRegisters>();
-  Producer<T> producer(params, maps, shared, position);
-  if (warp == kPageWarp) {
-    producer.load_pages();
-  } else if (threadIdx.x == kQueryWarp * 32) {
-    producer.walk_items(walk);
-  }
+  return walk;
 }
 
 template <typename T>
@@ -104,15 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                         const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-  if (threadIdx.x == kPageWarp * 32) {
-    ptx::prefetch_map(&maps.query);
-    ptx::prefetch_map(&maps.half);
-    ptx::prefetch_map(&maps.rope);
-  }
-  if (threadIdx.x == 0) {
-    init_barriers(shared, T::kCluster);
-    shared.num_split_tiles = 0;
-  }
+  const Walk walk = prepare<T>(params, maps, shared);
   cluster_sync<T>();
 
   if (threadIdx.x < kOutputThreads) {
@@ -122,7 +120,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::increase_registers<kScoreRegisters>();
     Scorer<T>(params, shared).run();
   } else {
-    produce<T>(params, maps, shared);
+    ptx::decrease_registers<kProducerRegisters>();
+    Producer<T> producer(params, maps, shared, Position<T::kCluster>::here(params.schedule));
+    if (threadIdx.x / 32 == kPageWarp) {
+      producer.load_pages();
+    } else if (threadIdx.x == kQueryWarp * 32) {
+      producer.walk_items(walk);
+    }
   }
   cluster_sync<T>();  // the other CTA may still signal this one's barriers
 }

@@ -13,7 +13,6 @@
 // found.
 #pragma once
 
-#include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/decode_dense/epilogue.cuh"
 
 namespace flash_mla::cuda::decode_dense {
@@ -27,7 +26,6 @@ struct Merger {
   using Element = typename T::Element;
   const KernelParams& params;
   SharedStorage& shared;
-  uint32_t phase = 0;  // of merge_full
 
   // Called by both output warpgroups when the partial result of `item` is stored.
   __device__ __forceinline__ void arrive(const WorkItem& item) {
@@ -66,7 +64,7 @@ struct Merger {
     if (threadIdx.x == 0) {
       shared.merge_ready = wait_for_pieces(item);
       if (shared.merge_ready) {
-        before_departure = ptx::atomic_add_gpu(counter(item), kDeparture * (1 + tile.leavers));
+        before_departure = ptx::atomic_add_relaxed(counter(item), kDeparture * (1 + tile.leavers));
       }
     }
     meet();
@@ -92,115 +90,174 @@ struct Merger {
   }
 
   // out = sum_k weight[k] partial[k] / total, weight[k] = 2^(max[k] - max). This CTA's share of the
-  // tile is a run of units, the same in every piece, which come by bulk copies, all at once where
-  // there is room, into the page buffers: no longer needed.
+  // tile is a run of units, the same in every piece.
   __device__ __forceinline__ void merge(const WorkItem& item, bool whole) {
-    const int pieces = item.piece_count;
     const int units = ceil_div(item.rows, 16) * kUnitsPerRowWarp;
-    const int begin = whole ? 0 : ceil_div(units * item.piece_index, pieces);
-    const int end = whole ? units : ceil_div(units * (item.piece_index + 1), pieces);
-    RowState* states = reinterpret_cast<RowState*>(shared.half[0]);               // [pieces][64]
-    float4* data = reinterpret_cast<float4*>(shared.half[0]) + pieces * kUnit4s;  // [pieces][batch]
-    const int batch = min(end - begin, kRoom / (pieces * kUnitBytes) - 1);
+    const int begin = whole ? 0 : ceil_div(units * item.piece_index, item.piece_count);
+    const int end = whole ? units : ceil_div(units * (item.piece_index + 1), item.piece_count);
     const Rows<Element> rows{params, item};
-    for (int first = begin; first < end; first += batch) {
-      const int count = min(batch, end - first);
-      if (first > begin) meet();  // the units before are no longer read
-      if (threadIdx.x < 32) load(item, states, data, first, count, first == begin);
-      ptx::mbarrier_wait(&shared.merge_full, phase);
-      phase ^= 1;
-      if (first == begin) weigh(item, rows, states, whole);
-      for (int unit = static_cast<int>(threadIdx.x) / 32; unit < count;
-           unit += kOutputThreads / 32) {
-        merge_unit(rows, states, data + unit * kUnit4s, count, pieces, first + unit);
-      }
+#pragma unroll 1
+    for (int first = begin; first < end;) {
+      // Units of the same 16 rows.
+      const int row_warp = first / kUnitsPerRowWarp;
+      const int last = min(end, (row_warp + 1) * kUnitsPerRowWarp);
+      weigh(item, rows, row_warp, first % kUnitsPerRowWarp == 0);
+      meet();
+      merge_units(item, rows, row_warp, first, last);
+      first = last;
+      meet();  // the weights are overwritten
     }
   }
 
-  static constexpr int kUnit4s = kUnitBytes / sizeof(float4);
-  static constexpr int kRoom = kHalfBuffers * kHalfBytes + kHalfBytes + kTileBytes;
-  static_assert(kRoom / (kMaxPieces * kUnitBytes) >= 2);
-  static_assert(kTileRows * sizeof(RowState) == kUnitBytes);
-
-  // By one warp.
-  __device__ __forceinline__ void load(const WorkItem& item, RowState* states, float4* data,
-                                       int first, int count, bool with_states) {
-    namespace p = ::cuda::ptx;
-    const int pieces = item.piece_count;
-    if (threadIdx.x == 0) {
-      p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared,
-                                   &shared.merge_full,
-                                   pieces * (count + (with_states ? 1 : 0)) * kUnitBytes);
-    }
-    __syncwarp();
-    p::fence_proxy_async();  // what was written and acquired here comes before the copies
-    for (int k = threadIdx.x; k < pieces; k += 32) {
-      float* source = partial_output(params, cta_of(item, k), k == 0);
-      p::cp_async_bulk(p::space_cluster, p::space_global, data + k * count * kUnit4s,
-                       reinterpret_cast<float4*>(source) + first * kUnit4s, count * kUnitBytes,
-                       &shared.merge_full);
-      if (with_states) {
-        p::cp_async_bulk(p::space_cluster, p::space_global, states + k * kTileRows,
-                         partial_rows(source), kUnitBytes, &shared.merge_full);
-      }
-    }
+  // The page buffers, no longer needed.
+  struct Scratch {
+    RowState states[kMaxPieces][16];         // with the weights in the place of the maxima
+    float inverse[16];                       // 1 / total
+    float4 chunks[kOutputThreads / 32][32];  // sums of some of the pieces
+  };
+  static_assert(sizeof(Scratch) <= kHalfBuffers * kHalfBytes);
+  __device__ __forceinline__ Scratch& scratch() const {
+    return *reinterpret_cast<Scratch*>(shared.half[0]);
   }
 
-  // Puts the weights in the place of the maxima, and 1 / total in the place of piece 0's sums. Four
-  // lanes a row.
+  // Weights of 16 rows, 16 threads each.
   __device__ __forceinline__ void weigh(const WorkItem& item, const Rows<Element>& rows,
-                                        RowState* states, bool whole) {
-    const int row = threadIdx.x / 4, first = threadIdx.x % 4;
+                                        int row_warp, bool store_lse) {
+    const int r = threadIdx.x / 16, first = threadIdx.x % 16, row = row_warp * 16 + r;
     const bool exists = row < item.rows;  // of the others no state was stored
     float top = kNoMaximum;
-    for (int k = first; exists && k < item.piece_count; k += 4) {
-      top = fmaxf(top, states[k * kTileRows + row].max);
+#pragma unroll 4
+    for (int k = first; k < item.piece_count; k += 16) {
+      float2 state = {kNoMaximum, 0.f};
+      if (exists)
+        state = __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k)) + row));
+      scratch().states[k][r] = {state.x, state.y};
+      top = fmaxf(top, state.x);
     }
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+#pragma unroll
+    for (int distance = 1; distance < 16; distance *= 2) {
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
+    }
     float total = 0.f;
-    for (int k = first; exists && k < item.piece_count; k += 4) {
-      RowState& state = states[k * kTileRows + row];
-      const float weight = ptx::exp2_approx(state.max - top);
-      total += weight * state.sum;
-      state.max = weight;
+    for (int k = first; k < item.piece_count; k += 16) {
+      RowState& state = scratch().states[k][r];
+      state.max = ptx::exp2_approx(state.max - top);
+      total += state.max * state.sum;
     }
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
+#pragma unroll
+    for (int distance = 1; distance < 16; distance *= 2) {
+      total += __shfl_xor_sync(~0u, total, distance);
+    }
     if (first == 0) {
-      states[row].sum = total > 0.f ? __fdividef(1.f, total) : 0.f;
-      if (item.piece_index == 0 || whole) rows.store_lse(row, {top, total});
+      scratch().inverse[r] = total > 0.f ? __fdividef(1.f, total) : 0.f;
+      if (store_lse) rows.store_lse(row, {top, total});
     }
-    meet();
   }
 
-  // By one warp; the pieces' units lie `stride` units apart.
-  __device__ __forceinline__ void merge_unit(const Rows<Element>& rows, const RowState* states,
-                                             const float4* data, int stride, int pieces, int unit) {
-    const int lane = threadIdx.x % 32;
-    const int row = unit / kUnitsPerRowWarp * 16 + lane / 4;
-    const int column =
-        (unit % 2) * (kHeadDimV / 2) + unit % kUnitsPerRowWarp / 2 * 8 + lane % 4 * 2;
-    const RowState* state = states + row;
-    float4 sum = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-    for (int k = 0; k < pieces; ++k) {
-      const float4 value = data[k * stride * kUnit4s + lane];
-      const float weight[2] = {state[k * kTileRows].max, state[k * kTileRows + 8].max};
-      sum.x += weight[0] * value.x;
-      sum.y += weight[0] * value.y;
-      sum.z += weight[1] * value.z;
-      sum.w += weight[1] * value.w;
+  // Few pieces: a warp sums up all of a unit, in order; of four units at once where there are as
+  // many. Many: four warps a unit, each for every fourth piece.
+  static constexpr int kFewPieces = 32, kWarps = kOutputThreads / 32;
+  __device__ __forceinline__ void merge_units(const WorkItem& item, const Rows<Element>& rows,
+                                              int row_warp, int first, int last) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Element* out[2];  // null: no such row
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_warp * 16 + lane / 4 + 8 * h;
+      out[h] = rows.valid(row) ? rows.out(row) + lane % 4 * 2 : nullptr;
     }
-    const float inverse[2] = {state[0].sum, state[8].sum};
-    if (rows.valid(row)) {
-      *reinterpret_cast<uint32_t*>(rows.out(row) + column) =
+    const bool many = item.piece_count > kFewPieces;
+    if (!many) {
+#pragma unroll 1
+      for (; first + 4 * kWarps <= last; first += 4 * kWarps) {
+        float4 sum[4];
+        sum_up<4, 4>(item, first + warp, 0, 1, sum);
+#pragma unroll
+        for (int u = 0; u < 4; ++u) store(out, first + warp + u * kWarps, sum[u]);
+      }
+    }
+    const int share = many ? 4 : 1;  // warps that share a unit
+#pragma unroll 1
+    for (; first < last; first += kWarps / share) {
+      const int unit = first + warp / share;
+      float4 sum[1] = {};
+      if (unit < last) sum_up<1, 16>(item, unit, warp % share, share, sum);
+      if (many) {
+        scratch().chunks[warp][lane] = sum[0];
+        meet();
+        for (int chunk = 1; chunk < share; ++chunk) {
+          const float4 other = scratch().chunks[(warp + chunk) % kWarps][lane];
+          sum[0].x += other.x;
+          sum[0].y += other.y;
+          sum[0].z += other.z;
+          sum[0].w += other.w;
+        }
+        meet();
+      }
+      if (unit < last && warp % share == 0) store(out, unit, sum[0]);
+    }
+  }
+
+  // sum[u] = sum of the weighted pieces first, first + stride .. of unit `unit` + u * kWarps, with
+  // sixteen loads in flight.
+  template <int kUnits, int kPieces>
+  __device__ __forceinline__ void sum_up(const WorkItem& item, int unit, int first, int stride,
+                                         float4 (&sum)[kUnits]) {
+    const int lane = threadIdx.x % 32, count = item.piece_count;
+    // Offsets in bytes fit 32 bits. Piece 0 lies in slot 1 of its CTA, the others in slot 0 of
+    // theirs.
+    const auto* base = reinterpret_cast<const std::byte*>(params.partials);
+    const uint32_t piece_stride = params.schedule.team * T::kCluster * 2 * kPartialBytes;
+    const uint32_t here = cta_of(item, 0) * static_cast<uint32_t>(2 * kPartialBytes) +
+                          (unit * 32 + lane) * static_cast<uint32_t>(sizeof(float4));
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) sum[u] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+    for (int k = first; k < count; k += kPieces * stride) {
+      float4 value[kPieces][kUnits];
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        const int at = k + j * stride;
+        const uint32_t offset = here + at * piece_stride + (at == 0 ? kPartialBytes : 0);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          value[j][u] = {0.f, 0.f, 0.f, 0.f};
+          if (at < count) {
+            value[j][u] =
+                __ldcg(reinterpret_cast<const float4*>(base + offset + u * kWarps * kUnitBytes));
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        const RowState* states = scratch().states[min(k + j * stride, count - 1)] + lane / 4;
+        const float weight[2] = {states[0].max, states[8].max};
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          sum[u].x += weight[0] * value[j][u].x;
+          sum[u].y += weight[0] * value[j][u].y;
+          sum[u].z += weight[1] * value[j][u].z;
+          sum[u].w += weight[1] * value[j][u].w;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(Element* const (&out)[2], int unit, float4 sum) {
+    const int column = unit % 2 * (kHeadDimV / 2) + unit % kUnitsPerRowWarp / 2 * 8;
+    const float* inverse = scratch().inverse + threadIdx.x % 32 / 4;
+    if (out[0] != nullptr) {
+      *reinterpret_cast<uint32_t*>(out[0] + column) =
           pack<Element>(sum.x * inverse[0], sum.y * inverse[0]);
     }
-    if (rows.valid(row + 8)) {
-      *reinterpret_cast<uint32_t*>(rows.out(row + 8) + column) =
-          pack<Element>(sum.z * inverse[1], sum.w * inverse[1]);
+    if (out[1] != nullptr) {
+      *reinterpret_cast<uint32_t*>(out[1] + column) =
+          pack<Element>(sum.z * inverse[8], sum.w * inverse[8]);
     }
+  }
+
+  __device__ __forceinline__ float* piece(const WorkItem& item, int k) const {
+    return partial_output(params, cta_of(item, k), k == 0);
   }
 };
 

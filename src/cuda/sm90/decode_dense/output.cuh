@@ -36,7 +36,6 @@ class Output {
 #pragma unroll 1
     for (bool first = true;; first = false) {
       if (left == 1) clear_rows_past_end(item, half);
-      ptx::mbarrier_wait(&shared_.p_ready[warpgroup()][rope.slot()], rope.phase());
       multiply(half, rope, first);
       ptx::wgmma_wait<0>();
       ptx::pin(o[0]);
@@ -65,11 +64,11 @@ class Output {
   }
 
   __device__ __forceinline__ void release_page(const Ring& half, const Ring& rope) {
-    release<T>(&shared_.empty[half.buffer()]);
+    release<T>(&shared_.barriers.empty[half.buffer()]);
     ptx::fence_proxy_async();  // P was written and read by threads, the next page's part comes by
                                // TMA
     __syncwarp();
-    release<T>(&shared_.empty[rope.buffer()]);
+    release<T>(&shared_.barriers.empty[rope.buffer()]);
   }
 
   // Issues o = factor * o + P V of this warpgroup's half of the page.
@@ -78,6 +77,7 @@ class Output {
                                     1024);
     const int lane = lane_index(), row = row_index() / 16 * 16 + lane % 16;
     const uint32_t source = ptx::shared_address(shared_.rope[rope.slot()]) + row * 128;
+    ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());
     uint32_t p[4][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -93,7 +93,7 @@ class Output {
       }
     }
     ptx::wgmma_commit();
-    if (warpgroup() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.left_issued);
+    if (warpgroup() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.left_issued);
   }
 
   // The factor is seldom another than 1.
@@ -113,7 +113,7 @@ class Output {
   __device__ __forceinline__ void clear_rows_past_end(const WorkItem& item, const Ring& at) {
     const int valid = item.seqlen - item.first_token - (item.pages - 1) * kPageTokens;
     if (valid >= kPageTokens) return;
-    ptx::mbarrier_wait(&shared_.full[at.buffer()], at.phase());
+    ptx::mbarrier_wait(&shared_.barriers.full[at.buffer()], at.phase());
     constexpr int kChunks = kHalfTiles * 8;  // of 16 bytes, in a row of the half
     static_assert(kWarpgroup % kChunks == 0);
     const int thread = static_cast<int>(ptx::thread_index() % kWarpgroup);

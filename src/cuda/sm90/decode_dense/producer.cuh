@@ -7,6 +7,23 @@
 
 namespace flash_mla::cuda::decode_dense {
 
+// By the page warp: what it needs first is on its way while the work is found. Where requests are
+// few, that may be any line of the block table.
+__device__ __forceinline__ void prefetch(const KernelParams& params, const TensorMaps& maps) {
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) {
+    ptx::prefetch_map(&maps.query);
+    ptx::prefetch_map(&maps.half);
+    ptx::prefetch_map(&maps.rope);
+  }
+  constexpr int kLinePages = 128 / sizeof(int32_t);
+  const DecodeParams& decode = params.decode;
+  const int row_lines = ceil_div(decode.max_pages, kLinePages);
+  if (row_lines > 32 || decode.b > 32 || lane >= decode.b * row_lines) return;
+  ptx::prefetch_line(decode.block_table + lane / row_lines * decode.stride_block_table_b +
+                     lane % row_lines * kLinePages);
+}
+
 template <typename T>
 class Producer {
  public:
@@ -20,7 +37,7 @@ class Producer {
     Ring q(kQueryBuffer, 1);
     bool end = false;
     for (Ring at(0, kItems); !end; at.advance()) {
-      ptx::mbarrier_wait(&shared_.item_empty[at.slot()], at.phase() ^ 1);
+      ptx::mbarrier_wait(&shared_.barriers.item_empty[at.slot()], at.phase() ^ 1);
       WorkItem& item = shared_.items[at.slot()];
       next_item(params_, position_, walk, item);
       item.left = rings.left.position();
@@ -28,7 +45,7 @@ class Producer {
       item.rope = rings.rope.position();
       item.query_phase = q.phase();
       end = item.end;
-      ::cuda::ptx::mbarrier_arrive(&shared_.item_full[at.slot()]);
+      ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);
       if (end || item.pages == 0) continue;
       rings.left.advance(item.pages);
       rings.right.advance(item.pages + 1);
@@ -45,14 +62,17 @@ class Producer {
   // RoPE part.
   __device__ void load_pages() {
     const int lane = threadIdx.x % 32;
-    prefetch_block_table(lane);
     Rings rings;
     int turn = 0;
     for (Ring at(0, kItems);; at.advance()) {
-      ptx::mbarrier_wait(&shared_.item_full[at.slot()], at.phase());
+      ptx::mbarrier_wait(&shared_.barriers.item_full[at.slot()], at.phase());
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       const int pages = item.pages;
+      const int32_t* table = params_.decode.block_table +
+                             item.request * params_.decode.stride_block_table_b +
+                             item.first_token / kPageTokens;
+      int pages_ahead = lane < pages ? __ldg(table + lane) : 0;
       if (pages > 0) {
         if (lane == 0) {
           uint64_t* full = begin_load(rings.right, kHalfBytes);
@@ -60,12 +80,8 @@ class Producer {
         }
         rings.right.advance();
       }
-      const int32_t* table = params_.decode.block_table +
-                             item.request * params_.decode.stride_block_table_b +
-                             item.first_token / kPageTokens;
-      int pages_ahead = 0;
       for (int i = 0; i < pages; ++i) {
-        if (i % 32 == 0) pages_ahead = i + lane < pages ? __ldg(table + i + lane) : 0;
+        if (i % 32 == 0 && i > 0) pages_ahead = i + lane < pages ? __ldg(table + i + lane) : 0;
         const int page = __shfl_sync(~0u, pages_ahead, i % 32);
         if (lane == 0) {
           load_half(rings.right, kHalfTiles, item.head, page, 1);
@@ -77,7 +93,7 @@ class Producer {
         turn ^= 1;
         __syncwarp();
       }
-      if (lane == 0) ::cuda::ptx::mbarrier_arrive(&shared_.item_empty[at.slot()]);
+      if (lane == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_empty[at.slot()]);
     }
   }
 
@@ -87,23 +103,11 @@ class Producer {
   SharedStorage& shared_;
   Position<T::kCluster> position_;
 
-  // Where requests are few, every page number may be the first this CTA needs: they are brought
-  // near while the work is found.
-  __device__ void prefetch_block_table(int lane) {
-    constexpr int kLinePages = 128 / sizeof(int32_t);
-    const DecodeParams& decode = params_.decode;
-    const int row_lines = ceil_div(decode.max_pages, kLinePages);
-    if (row_lines > 32 || decode.b > 32 || decode.b * row_lines > 32) return;
-    if (lane >= decode.b * row_lines) return;
-    ptx::prefetch_line(decode.block_table + lane / row_lines * decode.stride_block_table_b +
-                       lane % row_lines * kLinePages);
-  }
-
   // Waits until nobody reads the buffer any more, and announces `bytes`.
   __device__ uint64_t* begin_load(const Ring& at, int bytes) {
     namespace p = ::cuda::ptx;
-    uint64_t* full = &shared_.full[at.buffer()];
-    ptx::mbarrier_wait(&shared_.empty[at.buffer()], at.phase() ^ 1);
+    uint64_t* full = &shared_.barriers.full[at.buffer()];
+    ptx::mbarrier_wait(&shared_.barriers.empty[at.buffer()], at.phase() ^ 1);
     p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, full, bytes);
     return full;
   }

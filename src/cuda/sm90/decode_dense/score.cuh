@@ -50,11 +50,11 @@ class Scorer {
 
   __device__ __forceinline__ void run() {
     for (Ring at(0, kItems);; at.advance()) {
-      ptx::mbarrier_wait(&shared_.item_full[at.slot()], at.phase());
+      ptx::mbarrier_wait(&shared_.barriers.item_full[at.slot()], at.phase());
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       if (item.pages > 0) run_item(item);
-      if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.item_empty[at.slot()]);
+      if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_empty[at.slot()]);
     }
   }
 
@@ -80,19 +80,18 @@ class Scorer {
     int slot = 0;
 #pragma unroll 1
     for (int page = 0; page < item.pages; ++page) {
-      ptx::mbarrier_wait(&shared_.left_issued, left_phase_);
-      left_phase_ ^= 1;
       issue_scores();
       if (page > 0) hand_over(1, slot);
-      ptx::wgmma_wait<0>();
-      ptx::pin(s_);
+      const bool masked = page >= item.open_pages;
       slot = at_.rope.slot();
       at_.advance();
-      if (page >= item.open_pages) mask(item, page);
+      ptx::wgmma_wait<0>();
+      ptx::pin(s_);
+      if (masked) mask(item, page);
       softmax(slot, page == 0);
       if (page + 1 < item.pages) hand_over(0, slot);
     }
-    if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.empty[kQueryBuffer]);
+    if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.empty[kQueryBuffer]);
     publish_state(slot);
     hand_over(0, slot);
     hand_over(1, slot);
@@ -103,7 +102,7 @@ class Scorer {
     const int buffer = at_.right.buffer(), lane = lane_index();
     const int row = row_index() / 16 * 16 + lane % 16;
     const uint32_t source = ptx::shared_address(shared_.half[buffer]) + row * 128;
-    ptx::mbarrier_wait(&shared_.full[buffer], at_.right.phase());
+    ptx::mbarrier_wait(&shared_.barriers.full[buffer], at_.right.phase());
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t chunk = source + (((2 * k + lane / 16) ^ (row & 7)) << 4);
@@ -113,9 +112,9 @@ class Scorer {
       }
     }
     __syncwarp();
-    release<T>(&shared_.empty[buffer]);
+    release<T>(&shared_.barriers.empty[buffer]);
     at_.right.advance();
-    ptx::mbarrier_wait(&shared_.full[kQueryBuffer], phase);
+    ptx::mbarrier_wait(&shared_.barriers.full[kQueryBuffer], phase);
   }
 
   // Issues S = Q K^T of the next page as its parts arrive.
@@ -127,6 +126,8 @@ class Scorer {
     const ptx::SmemDescriptor left = operand(shared_.half[at_.left.buffer()]);
     const ptx::SmemDescriptor rope = operand(shared_.rope[at_.rope.slot()]);
     const ptx::SmemDescriptor q_left = operand(shared_.q_left), q_rope = operand(shared_.q_rope);
+    ptx::mbarrier_wait(&shared_.barriers.left_issued, left_phase_);
+    left_phase_ ^= 1;
     ptx::forget(s_);
     wait_for(at_.right);
 #pragma unroll
@@ -146,13 +147,13 @@ class Scorer {
   }
   // The wait is a loop: without the fence ptxas serialises the products (C7520).
   __device__ __forceinline__ void wait_for(const Ring& at) {
-    ptx::mbarrier_wait(&shared_.full[at.buffer()], at.phase());
+    ptx::mbarrier_wait(&shared_.barriers.full[at.buffer()], at.phase());
     ptx::wgmma_fence();
   }
 
   // The output warpgroup may read P in this slot, its factor and state.
   __device__ __forceinline__ void hand_over(int warpgroup, int slot) {
-    ::cuda::ptx::mbarrier_arrive(&shared_.p_ready[warpgroup][slot]);
+    ::cuda::ptx::mbarrier_arrive(&shared_.barriers.p_ready[warpgroup][slot]);
   }
 
   // Hides the tokens of the page that a row does not see.

@@ -33,7 +33,7 @@ inline constexpr int kItems = 4;  // work items known ahead: the scores run up t
 // Four warpgroups. The file header of kernel.cuh says who does what.
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kOutputThreads = 2 * kWarpgroup;  // warpgroups 0, 1
-inline constexpr int kScoreWarpgroup = 2;
+inline constexpr int kScoreWarpgroup = 2, kProducerWarpgroup = 3;
 inline constexpr int kPageWarp = 12;   // issues the page loads, of warpgroup 3
 inline constexpr int kQueryWarp = 13;  // walks the work items; two more warps idle
 inline constexpr int kThreads = 4 * kWarpgroup;
@@ -126,6 +126,14 @@ struct SplitTile {
                     // was not the last
 };
 
+struct Barriers {
+  uint64_t full[kBuffers], empty[kBuffers];
+  uint64_t p_ready[2][kRopeBuffers];  // for each of the output warpgroups
+  uint64_t left_issued;               // the left output of a page is with the tensor cores
+  uint64_t item_full[kItems], item_empty[kItems];
+};
+inline constexpr int kBarriers = sizeof(Barriers) / sizeof(uint64_t);
+
 struct SharedStorage {
   alignas(1024) uint8_t half[kHalfBuffers][kHalfBytes];  // of pages; Q's right half on its way to
                                                          // registers
@@ -137,11 +145,7 @@ struct SharedStorage {
   WorkItem items[kItems];
   SplitTile split_tiles[2];  // a part has at most two split items: the one it ends with, and the
                              // one it begins with
-  uint64_t full[kBuffers], empty[kBuffers];
-  uint64_t left_issued;               // the left output of a page is with the tensor cores
-  uint64_t merge_full;                // partial results are here
-  uint64_t p_ready[2][kRopeBuffers];  // for each of the output warpgroups
-  uint64_t item_full[kItems], item_empty[kItems];
+  Barriers barriers;
   int32_t num_split_tiles, merge_ready;
   union {
     FindStartScratch<OneWarp> warp;
