@@ -133,9 +133,11 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     const std::int64_t blocks =
         static_cast<std::int64_t>(total - b * shape.overhead) * shape.items_per_request;
     const std::int32_t least = schedule.least_whole_payload(blocks);
+    const std::int32_t most_tries =
+        min(kWholePayloads, schedule.payload + shape.overhead - least + 1);
     std::int32_t found = 0;
 #pragma unroll 1
-    for (int i = warp; i < kWholePayloads && found == 0; i += kWarps) {
+    for (int i = warp; i < most_tries && found == 0; i += kWarps) {
       std::int32_t pieces = 0;
 #pragma unroll 1
       for (std::int32_t at = lane; at < b; at += 32) {

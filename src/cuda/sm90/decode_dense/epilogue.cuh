@@ -41,10 +41,10 @@ struct Rows {
   }
 };
 
-// Partial results of a CTA: two slots.
+// Partial results of a CTA: slot 0 for pieces 1.. of an item, slot 1 for piece 0.
 __device__ __forceinline__ float* partial_output(const KernelParams& params, int cta, int slot) {
   return reinterpret_cast<float*>(params.partials +
-                                  (2 * static_cast<int64_t>(cta) + slot) * kPartialBytes);
+                                  static_cast<int64_t>(slot * gridDim.x + cta) * kPartialBytes);
 }
 __device__ __forceinline__ RowState* partial_rows(float* output) {
   return reinterpret_cast<RowState*>(output + kPartialFloats);
@@ -56,16 +56,8 @@ struct Epilogue {
   const Output<T>& output;
   const KernelParams& params;
 
-  __device__ __forceinline__ void run(const WorkItem& item) {
-    if (item.piece_count == 1) {
-      store_output(item);
-    } else {
-      store_partial(item);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void store_output(const WorkItem& item) {
+  // Writes the item's rows of out and lse.
+  __device__ __forceinline__ void store_output(const WorkItem& item) const {
     const Rows<Element> rows{params, item};
     const int warpgroup = ptx::thread_index() / kWarpgroup;
 #pragma unroll
@@ -97,7 +89,7 @@ struct Epilogue {
   }
 
   // Every store of a warp is a unit; warps without a row store nothing.
-  __device__ __forceinline__ void store_partial(const WorkItem& item) {
+  __device__ __forceinline__ void store_partial(const WorkItem& item) const {
     const int row = row_index(), lane = lane_index(), row_warp = row / 16;
     if (row_warp * 16 >= item.rows) return;
     const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);

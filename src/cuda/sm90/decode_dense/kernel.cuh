@@ -54,8 +54,7 @@ __device__ __forceinline__ void put_out(const KernelParams& params, SharedStorag
     const WorkItem& item = shared.items[at.slot()];
     if (item.end) break;
     output.run(item);
-    Epilogue<T>{output, params}.run(item);
-    if (item.piece_count > 1) merger.arrive(item);
+    merger.put_out(item, output);
     if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared.barriers.item_empty[at.slot()]);
   }
   merger.finish();

@@ -1,12 +1,17 @@
-// Merging the pieces of a split tile, in the same launch: help or leave.
+// Merging the pieces of a split tile, in the same launch. Every CTA stores its partial result and
+// adds itself to the tile's counter.
 //
-// A CTA that has stored its partial result adds itself to the tile's counter. When its own work is
-// done it waits, for a bounded time, until all pieces have arrived, and merges its share of the
-// tile, so that every CTA of the tile helps. If the time runs out (another decode holds the SMs
-// that the missing CTAs need) it leaves; the last to arrive sees that somebody left and merges the
-// whole tile. Nobody waits for a CTA that may not be running for longer than kPatience, so nothing
-// can hang; and a share's result does not depend on who computes it: if two do, they write the same
-// bits. docs/design/0002-help-or-leave-merge.md.
+// Few pieces, the common case where requests are many: the last to arrive merges them; nobody
+// waits.
+//
+// More pieces: help or leave. When a CTA's own work is done it waits, for a bounded time, until all
+// pieces have arrived, and merges its share of the tile, so that every CTA of the tile helps. If
+// the time runs out (another decode holds the SMs that the missing CTAs need) it leaves; the last
+// to arrive sees that somebody left and merges the whole tile.
+//
+// Nobody waits for a CTA that may not be running for longer than kPatience, so nothing can hang;
+// and the result does not depend on who computes it: if two do, they write the same bits.
+// docs/design/0002-help-or-leave-merge.md.
 //
 // A counter is three 16-bit counts in one word: CTAs that arrived, that left, and that are done
 // with the counter. The last of the latter resets it to zero, so the workspace is left as it was
@@ -20,6 +25,7 @@ namespace flash_mla::cuda::decode_dense {
 inline constexpr Counter kArrival = 1, kLeaver = 1ull << 16, kDeparture = 1ull << 32;
 inline constexpr int64_t kPatience = 200'000;  // clocks; ordinary imbalance is a few thousand
 inline constexpr int kMaxPieces = kMaxCtas;
+inline constexpr int kFewPieces = 3;  // at most; the last CTA to arrive merges so many
 
 template <typename T>
 struct Merger {
@@ -27,16 +33,16 @@ struct Merger {
   const KernelParams& params;
   SharedStorage& shared;
 
-  // Called by both output warpgroups when the partial result of `item` is stored.
-  __device__ __forceinline__ void arrive(const WorkItem& item) {
-    meet();
-    if (threadIdx.x == 0) {
-      const Counter before = ptx::atomic_add_gpu(counter(item), kArrival);
-      const bool last = (before & 0xFFFF) + 1 == static_cast<Counter>(item.piece_count);
-      SplitTile& tile = shared.split_tiles[shared.num_split_tiles++];
-      tile.item = item;
-      tile.leavers = last ? static_cast<int32_t>((before >> 16) & 0xFFFF) : 0;
+  // Called by both output warpgroups when the item's sums are in `output`: writes the result, or a
+  // partial one, and merges the tile if that is all it waited for.
+  __device__ __forceinline__ void put_out(const WorkItem& item, Output<T>& output) {
+    const Epilogue<T> epilogue{output, params};
+    if (item.piece_count > 1) {
+      epilogue.store_partial(item);
+      if (!arrive(item)) return;
+      gather(item, output);
     }
+    epilogue.store_output(item);
   }
 
   // Called by both output warpgroups when the CTA has no other work left.
@@ -48,6 +54,60 @@ struct Merger {
  private:
   __device__ __forceinline__ static void meet() {
     ptx::named_barrier_sync(kOutputMeets, kOutputThreads);
+  }
+
+  // The partial result of `item` is stored. True: it was the last of few.
+  __device__ __forceinline__ bool arrive(const WorkItem& item) {
+    const bool few = item.piece_count <= kFewPieces;
+    meet();
+    if (threadIdx.x == 0) {
+      const Counter before = ptx::atomic_add_gpu(counter(item), kArrival);
+      const bool last = (before & 0xFFFF) + 1 == static_cast<Counter>(item.piece_count);
+      if (few) {
+        shared.merge_ready = last;
+        if (last) *counter(item) = 0;
+      } else {
+        SplitTile& tile = shared.split_tiles[shared.num_split_tiles++];
+        tile.item = item;
+        tile.leavers = last ? static_cast<int32_t>((before >> 16) & 0xFFFF) : 0;
+      }
+    }
+    if (!few) return false;
+    meet();
+    return shared.merge_ready;
+  }
+
+  // Merges all pieces, in order, into `output`; a thread the same accumulators that it had.
+  __device__ __forceinline__ void gather(const WorkItem& item, Output<T>& output) {
+    const int row = row_index(), row_warp = row / 16;
+    if (row_warp * 16 >= item.rows) return;
+    for (RowState& state : output.state) state = {kNoMaximum, 0.f};
+    for (int k = 0; k < item.piece_count; ++k) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const RowState state = state_of(item, k, row + 8 * h);
+        const float top = fmaxf(output.state[h].max, state.max);
+        output.state[h] = {top, output.state[h].sum * ptx::exp2_approx(output.state[h].max - top) +
+                                    state.sum * ptx::exp2_approx(state.max - top)};
+      }
+    }
+    output.clear();
+    const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);
+    const int offset = (row_warp * kUnitsPerRowWarp + side) * 32 + lane_index();
+#pragma unroll 1
+    for (int k = 0; k < item.piece_count; ++k) {
+      float weight[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weight[h] = ptx::exp2_approx(state_of(item, k, row + 8 * h).max - output.state[h].max);
+      }
+      output.add(reinterpret_cast<const float4*>(piece(item, k)) + offset, weight);
+    }
+  }
+  __device__ __forceinline__ RowState state_of(const WorkItem& item, int k, int row) const {
+    const float2 state =
+        __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k)) + row));
+    return {state.x, state.y};
   }
 
   // CTA that does the rows of this CTA in piece `piece` of the tile.
@@ -154,9 +214,9 @@ struct Merger {
     }
   }
 
-  // Few pieces: a warp sums up all of a unit, in order; of four units at once where there are as
-  // many. Many: four warps a unit, each for every fourth piece.
-  static constexpr int kFewPieces = 32, kWarps = kOutputThreads / 32;
+  // Up to kAloneLimit pieces: a warp sums up all of a unit, in order; of four units at once where
+  // there are as many. More: four warps a unit, each for every fourth piece.
+  static constexpr int kAloneLimit = 32, kWarps = kOutputThreads / 32;
   __device__ __forceinline__ void merge_units(const WorkItem& item, const Rows<Element>& rows,
                                               int row_warp, int first, int last) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -166,7 +226,7 @@ struct Merger {
       const int row = row_warp * 16 + lane / 4 + 8 * h;
       out[h] = rows.valid(row) ? rows.out(row) + lane % 4 * 2 : nullptr;
     }
-    const bool many = item.piece_count > kFewPieces;
+    const bool many = item.piece_count > kAloneLimit;
     if (!many) {
 #pragma unroll 1
       for (; first + 4 * kWarps <= last; first += 4 * kWarps) {
@@ -207,8 +267,9 @@ struct Merger {
     // Offsets in bytes fit 32 bits. Piece 0 lies in slot 1 of its CTA, the others in slot 0 of
     // theirs.
     const auto* base = reinterpret_cast<const std::byte*>(params.partials);
-    const uint32_t piece_stride = params.schedule.team * T::kCluster * 2 * kPartialBytes;
-    const uint32_t here = cta_of(item, 0) * static_cast<uint32_t>(2 * kPartialBytes) +
+    const uint32_t piece_stride = params.schedule.team * T::kCluster * kPartialBytes;
+    const uint32_t slot_stride = gridDim.x * kPartialBytes;
+    const uint32_t here = cta_of(item, 0) * static_cast<uint32_t>(kPartialBytes) +
                           (unit * 32 + lane) * static_cast<uint32_t>(sizeof(float4));
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) sum[u] = {0.f, 0.f, 0.f, 0.f};
@@ -218,7 +279,7 @@ struct Merger {
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         const int at = k + j * stride;
-        const uint32_t offset = here + at * piece_stride + (at == 0 ? kPartialBytes : 0);
+        const uint32_t offset = here + at * piece_stride + (at == 0 ? slot_stride : 0);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           value[j][u] = {0.f, 0.f, 0.f, 0.f};

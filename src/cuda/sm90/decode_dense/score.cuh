@@ -68,7 +68,6 @@ class Scorer {
   float s_[32];
   float row_max_[2], row_sum_[2];
   Rings at_;
-  uint32_t left_phase_ = 1;  // passes at once the first time
 
   __device__ __forceinline__ void run_item(const WorkItem& item) {
     load_query(item.query_phase);
@@ -88,7 +87,7 @@ class Scorer {
       ptx::wgmma_wait<0>();
       ptx::pin(s_);
       if (masked) mask(item, page);
-      softmax(slot, page == 0);
+      softmax(slot);
       if (page + 1 < item.pages) hand_over(0, slot);
     }
     if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.empty[kQueryBuffer]);
@@ -126,8 +125,9 @@ class Scorer {
     const ptx::SmemDescriptor left = operand(shared_.half[at_.left.buffer()]);
     const ptx::SmemDescriptor rope = operand(shared_.rope[at_.rope.slot()]);
     const ptx::SmemDescriptor q_left = operand(shared_.q_left), q_rope = operand(shared_.q_rope);
-    ptx::mbarrier_wait(&shared_.barriers.left_issued, left_phase_);
-    left_phase_ ^= 1;
+    // One phase a page, as rings of six positions are; passes at once the first time.
+    static_assert(kRopeBuffers * 2 % 2 == 0);
+    ptx::mbarrier_wait(&shared_.barriers.left_issued, (at_.rope.position() & 1) ^ 1);
     ptx::forget(s_);
     wait_for(at_.right);
 #pragma unroll
@@ -172,56 +172,12 @@ class Scorer {
   }
 
   // S -> P, in shared memory, with what the output so far must be multiplied with.
-  //
-  // The exponentials are taken with the maximum that earlier pages left. Most pages do not exceed
-  // it by much, their sums show that, and neither a maximum nor a comparison between lanes is
-  // needed. The last normalisation makes it exact. (The idea of rescaling seldom is
-  // FlashAttention-4's.)
-  __device__ __forceinline__ void softmax(int slot, bool first) {
+  __device__ __forceinline__ void softmax(int slot) {
     if (params_.negate_scores) {
 #pragma unroll
       for (int i = 0; i < 32; ++i) s_[i] = -s_[i];
     }
-    float factor[2] = {1.f, 1.f}, sum[2];
-    uint32_t p[4][4];
-    bool raise = first;
-#pragma unroll 1
-    do {
-      if (raise) raise_maximum(factor);
-      exponentiate(p, sum);
-      raise = !raise && __any_sync(~0u, !(sum[0] + sum[1] <= kLargestSum));
-    } while (raise);
-    row_sum_[0] += sum[0];
-    row_sum_[1] += sum[1];
     const int lane = lane_index(), row = row_index();
-    if (lane % 4 == 0) {
-      shared_.factor[slot][row] = factor[0];
-      shared_.factor[slot][row + 8] = factor[1];
-    }
-    // Four 8 x 8 matrices at a time: rows 0-7, 8-15 of the warp, of 16 columns.
-    const int target_row = row / 16 * 16 + lane % 16;
-    const uint32_t target = ptx::shared_address(shared_.rope[slot]) + target_row * 128;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      ptx::store_matrices(target + (((2 * k + lane / 16) ^ (target_row & 7)) << 4), p[k]);
-    }
-  }
-
-  // S -> P as A fragments, and this thread's sums of its two rows.
-  __device__ __forceinline__ void exponentiate(uint32_t (&p)[4][4], float (&sum)[2]) const {
-    sum[0] = sum[1] = 0.f;
-#pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const int h = (i >> 1) & 1;
-      const float low = ptx::exp2_approx(fmaf(s_[i], params_.scale_log2, -row_max_[h]));
-      const float high = ptx::exp2_approx(fmaf(s_[i + 1], params_.scale_log2, -row_max_[h]));
-      sum[h] += low + high;
-      p[i / 8][i / 2 % 4] = pack<Element>(low, high);
-    }
-  }
-
-  // Brings the maxima up to this page's. `factor` is what everything before is multiplied with.
-  __device__ __forceinline__ void raise_maximum(float (&factor)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = -INFINITY;
@@ -229,11 +185,29 @@ class Scorer {
       for (int i = 2 * h; i < 32; i += 4) top = fmaxf(top, fmaxf(s_[i], s_[i + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * params_.scale_log2;
-      const float next = fmaxf(row_max_[h], top);
-      factor[h] = ptx::exp2_approx(row_max_[h] - next);
+      const float next = top > row_max_[h] + kRescaleThreshold ? top : row_max_[h];
+      const float factor = ptx::exp2_approx(row_max_[h] - next);
       row_max_[h] = next;
-      row_sum_[h] *= factor[h];
+      row_sum_[h] *= factor;
+      if (lane % 4 == 0) shared_.factor[slot][row + 8 * h] = factor;
     }
+    // Four 8 x 8 matrices at a time: rows 0-7, 8-15 of the warp, of 16 columns.
+    const int target_row = row / 16 * 16 + lane % 16;
+    const uint32_t target = ptx::shared_address(shared_.rope[slot]) + target_row * 128;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t p[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float low = probability(8 * k + 2 * j), high = probability(8 * k + 2 * j + 1);
+        row_sum_[j & 1] += low + high;
+        p[j] = pack<Element>(low, high);
+      }
+      ptx::store_matrices(target + (((2 * k + lane / 16) ^ (target_row & 7)) << 4), p);
+    }
+  }
+  __device__ __forceinline__ float probability(int i) const {
+    return ptx::exp2_approx(fmaf(s_[i], params_.scale_log2, -row_max_[(i >> 1) & 1]));
   }
 
   // The rows' maxima and sums, complete with the last page of the item.

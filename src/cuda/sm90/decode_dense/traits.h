@@ -42,9 +42,9 @@ inline constexpr int kOutputRegisters = 176;
 inline constexpr int kScoreRegisters = 128;
 inline constexpr int kProducerRegisters = 32;
 
-// A page's exponentials with the maximum of the pages before may sum up to this in a thread; more
-// raises the maximum. A half holds it.
-inline constexpr float kLargestSum = 32768.f;
+// The output is rescaled only when the running maximum grew by more than 2^8 (log2 units); the
+// final normalisation makes it exact. Idea: FlashAttention-4.
+inline constexpr float kRescaleThreshold = 8.f;
 inline constexpr float kNoMaximum = -1e30f;
 
 enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */, kProducersMeet = 4 };
@@ -53,7 +53,7 @@ enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */, kProducer
 // take several rounds.
 using OneWarp = Team<32, 0>;
 using Producers = Team<kWarpgroup, kProducersMeet>;
-inline constexpr int kOneWarpRequests = 128;
+inline constexpr int kOneWarpRequests = 32;
 
 // Shared memory holds two left halves of pages (columns 0-255), three right halves (256-511) and
 // three RoPE parts (512-575), each kind a ring of buffers, and the left half and RoPE part of Q.
@@ -119,7 +119,8 @@ struct Walk {
   int32_t relative;     // cost at which the item starts, from the part's begin
 };
 
-// A tile of which this CTA did one of several pieces: to be merged when all pieces are there.
+// A tile of which this CTA did one of more than a few pieces: to be merged when all pieces are
+// there.
 struct SplitTile {
   WorkItem item;
   int32_t leavers;  // CTAs that gave up waiting before this one, the last, arrived; 0 if this one
@@ -181,8 +182,7 @@ struct KernelParams {
   int32_t map_width;    // of the rows along the query map's axis of heads
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
-  std::byte* partials;  // two slots of kPartialBytes per CTA: pieces 1.. of an item go to slot 0,
-                        // piece 0 to slot 1
+  std::byte* partials;  // [2 slots][CTAs] of kPartialBytes
 };
 
 struct TensorMaps {
