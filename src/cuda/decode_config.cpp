@@ -9,8 +9,14 @@
 namespace flash_mla::cuda {
 namespace {
 
-// Cost of a work item besides its blocks, in blocks of 64 tokens.
+// Cost of a work item besides its blocks, in blocks of 64 tokens. Of 1, 2 and 5, 2 was never the
+// slowest; 1 lost 6 to 15 % at b 256, h_q 128, s_kv 2048 (bench/results/steps/2026-11-24-h100).
 constexpr std::int32_t kItemOverhead = 2;
+
+// Blocks of a piece at least. One page more costs less than twice as many partial results, unless
+// they are small: b 1, h_q 128, s_kv 4096 takes 24.4 us with 2, 26.5 with 1; h_q 16 takes 20.0 and
+// 19.5 (same place).
+std::int32_t least_blocks(std::int32_t rows) { return rows > 16 ? 2 : 1; }
 
 // The team of row groups that reads every page together: the one that leaves the fewest clusters
 // idle. A larger one wins a tie, because its pages are read from memory fewer times; alone, a pair
@@ -60,6 +66,7 @@ Status decode_config(const DecodeParams& params, std::int32_t device,
   schedule.num_parts = clusters / schedule.team;
   schedule.items_per_request = std::max(params.h_kv, 1) * schedule.chunks;
   schedule.overhead = kItemOverhead;
+  schedule.min_blocks = least_blocks(rows);
   schedule.split = params.split;
   config->ctas = schedule.num_parts * schedule.team * config->cluster;
   // The same for all shapes, so that a workspace can serve every call.

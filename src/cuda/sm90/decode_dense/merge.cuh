@@ -32,6 +32,7 @@ struct Merger {
   using Element = typename T::Element;
   const KernelParams& params;
   SharedStorage& shared;
+  static constexpr int kWarps = kOutputThreads / 32;
 
   // Called by both output warpgroups when the item's sums are in `output`: writes the result, or a
   // partial one, and merges the tile if that is all it waited for.
@@ -39,10 +40,10 @@ struct Merger {
     const Epilogue<T> epilogue{output, params};
     if (item.piece_count > 1) {
       epilogue.store_partial(item);
-      if (!arrive(item)) return;
-      gather(item, output);
+      if (arrive(item)) gather(item);
+    } else {
+      epilogue.store_output(item);
     }
-    epilogue.store_output(item);
   }
 
   // Called by both output warpgroups when the CTA has no other work left.
@@ -77,37 +78,74 @@ struct Merger {
     return shared.merge_ready;
   }
 
-  // Merges all pieces, in order, into `output`; a thread the same accumulators that it had.
-  __device__ __forceinline__ void gather(const WorkItem& item, Output<T>& output) {
-    const int row = row_index(), row_warp = row / 16;
+  // Merges few pieces, while the page buffers are in use. A warp takes units of its 16 rows, eight
+  // at once.
+  __device__ __forceinline__ void gather(const WorkItem& item) {
+    const int row_warps = item.rows > 32 ? 4 : (item.rows > 16 ? 2 : 1);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_warp = warp % row_warps;
     if (row_warp * 16 >= item.rows) return;
-    for (RowState& state : output.state) state = {kNoMaximum, 0.f};
-    for (int k = 0; k < item.piece_count; ++k) {
+    const Rows<Element> rows{params, item};
+    const float4* values[kFewPieces];
+    float weight[kFewPieces][2];
+    Element* out[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const RowState state = state_of(item, k, row + 8 * h);
-        const float top = fmaxf(output.state[h].max, state.max);
-        output.state[h] = {top, output.state[h].sum * ptx::exp2_approx(output.state[h].max - top) +
-                                    state.sum * ptx::exp2_approx(state.max - top)};
-      }
+    for (int k = 0; k < kFewPieces; ++k) {
+      values[k] = reinterpret_cast<const float4*>(piece(item, min(k, item.piece_count - 1)));
     }
-    output.clear();
-    const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);
-    const int offset = (row_warp * kUnitsPerRowWarp + side) * 32 + lane_index();
-#pragma unroll 1
-    for (int k = 0; k < item.piece_count; ++k) {
-      float weight[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        weight[h] = ptx::exp2_approx(state_of(item, k, row + 8 * h).max - output.state[h].max);
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_warp * 16 + lane / 4 + 8 * h;
+      float2 state[kFewPieces];
+      float top = kNoMaximum, total = 0.f;
+#pragma unroll
+      for (int k = 0; k < kFewPieces; ++k) {
+        state[k] = {kNoMaximum, 0.f};
+        if (k < item.piece_count) {
+          state[k] = __ldcg(reinterpret_cast<const float2*>(values[k] + kPartialFloats / 4) + row);
+        }
+        top = fmaxf(top, state[k].x);
       }
-      output.add(reinterpret_cast<const float4*>(piece(item, k)) + offset, weight);
+#pragma unroll
+      for (int k = 0; k < kFewPieces; ++k) {
+        weight[k][h] = ptx::exp2_approx(state[k].x - top);
+        total += weight[k][h] * state[k].y;
+      }
+      const float inverse = total > 0.f ? __fdividef(1.f, total) : 0.f;
+#pragma unroll
+      for (int k = 0; k < kFewPieces; ++k) weight[k][h] *= inverse;
+      if (warp < row_warps && lane % 4 == 0) rows.store_lse(row, {top, total});
+      out[h] = rows.valid(row) ? rows.out(row) + lane % 4 * 2 : nullptr;
+    }
+    constexpr int kUnits = 8;
+    const int step = kWarps / row_warps;
+#pragma unroll 1
+    for (int first = warp / row_warps; first < kUnitsPerRowWarp; first += kUnits * step) {
+      float4 value[kFewPieces][kUnits];
+#pragma unroll
+      for (int k = 0; k < kFewPieces; ++k) {
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          value[k][u] = {0.f, 0.f, 0.f, 0.f};
+          if (k < item.piece_count) {
+            value[k][u] =
+                __ldcg(values[k] + (row_warp * kUnitsPerRowWarp + first + u * step) * 32 + lane);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int k = 0; k < kFewPieces; ++k) add(sum, weight[k], value[k][u]);
+        store(out, first + u * step, sum);
+      }
     }
   }
-  __device__ __forceinline__ RowState state_of(const WorkItem& item, int k, int row) const {
-    const float2 state =
-        __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k)) + row));
-    return {state.x, state.y};
+  __device__ __forceinline__ static void add(float4& sum, const float (&weight)[2], float4 value) {
+    sum.x += weight[0] * value.x;
+    sum.y += weight[0] * value.y;
+    sum.z += weight[1] * value.z;
+    sum.w += weight[1] * value.w;
   }
 
   // CTA that does the rows of this CTA in piece `piece` of the tile.
@@ -216,11 +254,11 @@ struct Merger {
 
   // Up to kAloneLimit pieces: a warp sums up all of a unit, in order; of four units at once where
   // there are as many. More: four warps a unit, each for every fourth piece.
-  static constexpr int kAloneLimit = 32, kWarps = kOutputThreads / 32;
+  static constexpr int kAloneLimit = 32;
   __device__ __forceinline__ void merge_units(const WorkItem& item, const Rows<Element>& rows,
                                               int row_warp, int first, int last) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    Element* out[2];  // null: no such row
+    Element* out[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = row_warp * 16 + lane / 4 + 8 * h;
@@ -233,7 +271,7 @@ struct Merger {
         float4 sum[4];
         sum_up<4, 4>(item, first + warp, 0, 1, sum);
 #pragma unroll
-        for (int u = 0; u < 4; ++u) store(out, first + warp + u * kWarps, sum[u]);
+        for (int u = 0; u < 4; ++u) store(out, first + warp + u * kWarps, normalise(sum[u]));
       }
     }
     const int share = many ? 4 : 1;  // warps that share a unit
@@ -247,15 +285,16 @@ struct Merger {
         meet();
         for (int chunk = 1; chunk < share; ++chunk) {
           const float4 other = scratch().chunks[(warp + chunk) % kWarps][lane];
-          sum[0].x += other.x;
-          sum[0].y += other.y;
-          sum[0].z += other.z;
-          sum[0].w += other.w;
+          add(sum[0], {1.f, 1.f}, other);
         }
         meet();
       }
-      if (unit < last && warp % share == 0) store(out, unit, sum[0]);
+      if (unit < last && warp % share == 0) store(out, unit, normalise(sum[0]));
     }
+  }
+  __device__ __forceinline__ float4 normalise(float4 sum) const {
+    const float* inverse = scratch().inverse + threadIdx.x % 32 / 4;
+    return {sum.x * inverse[0], sum.y * inverse[0], sum.z * inverse[8], sum.w * inverse[8]};
   }
 
   // sum[u] = sum of the weighted pieces first, first + stride .. of unit `unit` + u * kWarps, with
@@ -294,26 +333,19 @@ struct Merger {
         const RowState* states = scratch().states[min(k + j * stride, count - 1)] + lane / 4;
         const float weight[2] = {states[0].max, states[8].max};
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          sum[u].x += weight[0] * value[j][u].x;
-          sum[u].y += weight[0] * value[j][u].y;
-          sum[u].z += weight[1] * value[j][u].z;
-          sum[u].w += weight[1] * value[j][u].w;
-        }
+        for (int u = 0; u < kUnits; ++u) add(sum[u], weight, value[j][u]);
       }
     }
   }
 
+  // `out`: this lane's place in its two rows; null: no such row.
   __device__ __forceinline__ void store(Element* const (&out)[2], int unit, float4 sum) {
     const int column = unit % 2 * (kHeadDimV / 2) + unit % kUnitsPerRowWarp / 2 * 8;
-    const float* inverse = scratch().inverse + threadIdx.x % 32 / 4;
     if (out[0] != nullptr) {
-      *reinterpret_cast<uint32_t*>(out[0] + column) =
-          pack<Element>(sum.x * inverse[0], sum.y * inverse[0]);
+      *reinterpret_cast<uint32_t*>(out[0] + column) = pack<Element>(sum.x, sum.y);
     }
     if (out[1] != nullptr) {
-      *reinterpret_cast<uint32_t*>(out[1] + column) =
-          pack<Element>(sum.z * inverse[8], sum.w * inverse[8]);
+      *reinterpret_cast<uint32_t*>(out[1] + column) = pack<Element>(sum.z, sum.w);
     }
   }
 

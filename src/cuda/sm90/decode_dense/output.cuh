@@ -15,36 +15,13 @@ class Output {
   float o[2][64];
   RowState state[2];  // of rows row_index(), row_index() + 8 of the item
   __device__ __forceinline__ float at(int i) const { return o[i / 64][i % 64]; }
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) o[i / 64][i % 64] = 0.f;
-  }
-  // Adds weight * the values of a partial result, of which `values` are this thread's first four.
-  __device__ __forceinline__ void add(const float4* values, const float (&weight)[2]) {
-    constexpr int kInFlight = 8;
-#pragma unroll
-    for (int first = 0; first < 32; first += kInFlight) {
-      __syncwarp();  // NOTE: without it ptxas (13.0) moves more loads up than there are registers
-      float4 value[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) value[i] = __ldcg(values + (first + i) * 64);
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        float* sum = o[(first + i) / 16] + (first + i) % 16 * 4;
-        sum[0] += weight[0] * value[i].x;
-        sum[1] += weight[0] * value[i].y;
-        sum[2] += weight[1] * value[i].z;
-        sum[3] += weight[1] * value[i].w;
-      }
-    }
-  }
-
   __device__ __forceinline__ Output(const KernelParams& params, SharedStorage& shared)
       : params_(params), shared_(shared) {}
 
   // Leaves the item's sums in o and state.
   __device__ __forceinline__ void run(const WorkItem& item) {
-    clear();
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i / 64][i % 64] = 0.f;
     if (item.pages == 0) {
       state[0] = state[1] = {kNoMaximum, 0.f};
       return;
