@@ -5,6 +5,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 #include "decode_problem.h"
@@ -87,6 +90,21 @@ TEST(CpuDecodePromises, ThreadCountDoesNotChangeTheResult) {
   EXPECT_TRUE(same_bytes(one.lse, many.lse));
 }
 
+TEST(CpuDecodePromises, NanInsideGivesNan) {
+  for (const int h_q : {2, 20}) {
+    for (const int token : {0, 70, 99}) {
+      DecodeProblem problem({.name = "nan", .h_q = h_q, .lengths = {100}});
+      const std::int64_t row = std::int64_t{problem.reference.table[token / 64]} * 64 + token % 64;
+      problem.kv_cache.set(row * kHeadDimQk + kHeadDimV, NAN);
+      ASSERT_TRUE(decode(problem.args(), nullptr, kNoWorkspace, nullptr).ok());
+      const auto is_nan = [](double x) { return std::isnan(x); };
+      const std::vector<double> out = problem.out.values(), lse = problem.lse.values();
+      EXPECT_TRUE(std::all_of(out.begin(), out.end(), is_nan)) << h_q << " heads, token " << token;
+      EXPECT_TRUE(std::all_of(lse.begin(), lse.end(), is_nan)) << h_q << " heads, token " << token;
+    }
+  }
+}
+
 TEST(CpuDecodePromises, ZeroExtentsWriteNothing) {
   DecodeProblem problem(kUneven);
   for (const int axis : {0, 1, 2}) {
@@ -166,6 +184,13 @@ TEST(CpuPlan, OnePartAndNoSplits) {
 
   ASSERT_TRUE(decode(problem.args(), &plan, kNoWorkspace, nullptr).ok());
   problem.check_result();
+}
+
+TEST(CpuIsa, IsTheOneAskedFor) {
+  const char* asked = std::getenv("FLASH_MLA_CPU_ISA");
+  if (asked != nullptr && std::string(asked) != cpu_isa()) {
+    GTEST_SKIP() << "this machine does not run " << asked;
+  }
 }
 
 TEST(CpuDescribe, NamesTheBackend) {
