@@ -23,6 +23,10 @@ constexpr int kColumnTile = FLASH_MLA_CPU_COLUMN_TILE;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 static_assert(kDimV % (kColumnTile * kLanes) == 0);
 
+FLASH_MLA_INLINE int round_up(int x, int multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
 template <class T>
 const T* query_row(const DecodeParams& params, const RowGroup& group, int row) {
   const std::int32_t heads = params.h_q / params.h_kv;
@@ -76,8 +80,7 @@ FLASH_MLA_INLINE void for_row_tiles(int row, int num_rows, Tile tile) {
 template <class T>
 class Fp32Products {
  public:
-  static constexpr int kBlock = 64;       // tokens of a block
-  static constexpr int kRowMultiple = 1;  // rows of `out` are touched up to a multiple of this
+  static constexpr int kBlock = 64;  // tokens of a block
   static_assert(kBlock % kColumnTile == 0 && kBlock % kLanes == 0);
 
   struct alignas(64) Scratch {
@@ -191,15 +194,15 @@ float softmax_row(float* p, int visible, float* max_log2, float* sum_of_row) {
 
 template <class T, class Products>
 void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
-                   std::int32_t token_end, void* scratch_memory, Partial* partial) {
+                   std::int32_t token_end, void* scratch_memory, const Partial& partial) {
   auto& scratch = *static_cast<typename Products::Scratch*>(scratch_memory);
-  for (int r = 0; r < group.num_rows; ++r) {
-    partial->max_log2[r] = -kInfinity;
-    partial->sum[r] = 0.f;
+  constexpr int kBlock = Products::kBlock;
+  const int touched_rows = round_up(group.num_rows, kPartialRowMultiple);
+  for (int r = 0; r < touched_rows; ++r) {
+    partial.max_log2[r] = -kInfinity;
+    partial.sum[r] = 0.f;
   }
-  constexpr int kMultiple = Products::kRowMultiple, kBlock = Products::kBlock;
-  const int touched_rows = (group.num_rows + kMultiple - 1) / kMultiple * kMultiple;
-  std::memset(partial->out, 0, sizeof(float) * kDimV * touched_rows);
+  std::memset(partial.out, 0, sizeof(float) * kDimV * touched_rows);
   Products::load_queries(params, group, scratch);
   TokenReader<T> reader(params, group, token_begin);
   const std::int32_t seqlen = params.cache_seqlens[group.request];
@@ -212,18 +215,18 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
       std::int32_t visible = visible_tokens(params, seqlen, (group.row_begin + r) / heads) - begin;
       visible = visible < 0 ? 0 : visible < tokens ? visible : tokens;
       scratch.correction[r] = softmax_row<kBlock>(scratch.p + r * kBlock, visible,
-                                                  &partial->max_log2[r], &partial->sum[r]);
+                                                  &partial.max_log2[r], &partial.sum[r]);
     }
-    Products::accumulate(group.num_rows, tokens, scratch, partial->out);
+    Products::accumulate(group.num_rows, tokens, scratch, partial.out);
   }
   Products::release();
 }
 
 template <class T>
 void finish_rows(const DecodeParams& params, const RowGroup& group, const Partial* parts,
-                 std::int32_t num_parts) {
+                 std::int32_t num_parts, std::int32_t row_begin, std::int32_t row_end) {
   const std::int32_t heads = params.h_q / params.h_kv;
-  for (int r = 0; r < group.num_rows; ++r) {
+  for (int r = row_begin; r < row_end; ++r) {
     const std::int64_t s = (group.row_begin + r) / heads;
     const std::int64_t h = group.kv_head * heads + (group.row_begin + r) % heads;
     T* out = static_cast<T*>(params.out) + group.request * params.stride_out_b +
@@ -259,7 +262,7 @@ void finish_rows(const DecodeParams& params, const RowGroup& group, const Partia
 // Kernels::decode_chunk and its scratch_size, with an own way to multiply bf16 where there is one.
 template <class Bf16Products = Fp32Products<Bf16>>
 void decode_chunk(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
-                  std::int32_t token_end, void* scratch, Partial* partial) {
+                  std::int32_t token_end, void* scratch, const Partial& partial) {
   const auto run = params.dtype == DType::kBf16   ? decode_tokens<Bf16, Bf16Products>
                    : params.dtype == DType::kFp16 ? decode_tokens<Fp16, Fp32Products<Fp16>>
                                                   : decode_tokens<Fp32, Fp32Products<Fp32>>;
@@ -273,10 +276,11 @@ constexpr std::size_t kScratchSize = sizeof(typename Bf16Products::Scratch) >
                                          : sizeof(Fp32Products<Fp32>::Scratch);
 
 void finish(const DecodeParams& params, const RowGroup& group, const Partial* parts,
-            std::int32_t num_parts) {
-  if (params.dtype == DType::kBf16) return finish_rows<Bf16>(params, group, parts, num_parts);
-  if (params.dtype == DType::kFp16) return finish_rows<Fp16>(params, group, parts, num_parts);
-  finish_rows<Fp32>(params, group, parts, num_parts);
+            std::int32_t num_parts, std::int32_t row_begin, std::int32_t row_end) {
+  const auto run = params.dtype == DType::kBf16   ? finish_rows<Bf16>
+                   : params.dtype == DType::kFp16 ? finish_rows<Fp16>
+                                                  : finish_rows<Fp32>;
+  run(params, group, parts, num_parts, row_begin, row_end);
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ inline void transpose(const void* from, int from_stride, void* to, int to_stride
 class AmxProducts {
  public:
   static constexpr int kBlock = 128;
-  static constexpr int kRowMultiple = kTileRows;
+  static_assert(kPartialRowMultiple % kTileRows == 0);
 
   struct alignas(64) Scratch {
     float p[kMaxRows * kBlock];
@@ -172,8 +172,6 @@ class AmxProducts {
   static void release() { _tile_release(); }
 
  private:
-  static int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
-
   // Scores of 32 tokens and kRowTiles * 16 rows, not scaled.
   template <int kRowTiles>
   static void score_tiles(int row, int token, Scratch& scratch) {
@@ -250,7 +248,12 @@ class AmxProducts {
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx", kScratchSize<AmxProducts>, decode_chunk<AmxProducts>, finish,
-                             merge_row};
+const Kernels kAmxKernels = {.name = "amx",
+                             .max_rows = 128,
+                             .chunk_tokens = 512,
+                             .scratch_size = kScratchSize<AmxProducts>,
+                             .decode_chunk = decode_chunk<AmxProducts>,
+                             .finish = finish,
+                             .merge_row = merge_row};
 
 }  // namespace flash_mla::cpu

@@ -10,6 +10,12 @@
 
 namespace flash_mla::cpu {
 
-const Kernels kAvx2Kernels = {"avx2", kScratchSize<>, decode_chunk<>, finish, merge_row};
+const Kernels kAvx2Kernels = {.name = "avx2",
+                              .max_rows = 64,
+                              .chunk_tokens = 256,
+                              .scratch_size = kScratchSize<>,
+                              .decode_chunk = decode_chunk<>,
+                              .finish = finish,
+                              .merge_row = merge_row};
 
 }  // namespace flash_mla::cpu

@@ -7,6 +7,12 @@
 
 namespace flash_mla::cpu {
 
-const Kernels kAvx512Kernels = {"avx512", kScratchSize<>, decode_chunk<>, finish, merge_row};
+const Kernels kAvx512Kernels = {.name = "avx512",
+                                .max_rows = 64,
+                                .chunk_tokens = 256,
+                                .scratch_size = kScratchSize<>,
+                                .decode_chunk = decode_chunk<>,
+                                .finish = finish,
+                                .merge_row = merge_row};
 
 }  // namespace flash_mla::cpu

@@ -7,6 +7,12 @@
 
 namespace flash_mla::cpu {
 
-const Kernels kBaselineKernels = {"baseline", kScratchSize<>, decode_chunk<>, finish, merge_row};
+const Kernels kBaselineKernels = {.name = "baseline",
+                                  .max_rows = 64,
+                                  .chunk_tokens = 256,
+                                  .scratch_size = kScratchSize<>,
+                                  .decode_chunk = decode_chunk<>,
+                                  .finish = finish,
+                                  .merge_row = merge_row};
 
 }  // namespace flash_mla::cpu
