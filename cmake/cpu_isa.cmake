@@ -13,7 +13,7 @@ endif()
 set(flash_mla_flags_baseline -O3 -ffp-contract=fast)
 set(flash_mla_flags_avx2 ${flash_mla_flags_baseline} -mavx2 -mfma -mf16c)
 set(flash_mla_flags_avx512 ${flash_mla_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
-set(flash_mla_flags_amx ${flash_mla_flags_avx512} -mamx-tile -mamx-bf16)
+set(flash_mla_flags_amx ${flash_mla_flags_avx512} -mavx512bf16 -mamx-tile -mamx-bf16)
 
 foreach(isa IN LISTS flash_mla_isas)
   list(APPEND FLASH_MLA_CPU_SOURCES src/cpu/kernels_${isa}.cpp)

@@ -1,11 +1,10 @@
 // Decode of a row group over a run of tokens, and the merge of such runs. Written once, compiled
 // once per instruction set.
 //
-// Tokens are taken a block at a time. Their rows are gathered through the block table and brought
-// once into the form that the products need (fp32, but for AMX), in L2, and serve every query row
-// of the group, as keys (576 wide) and as values (the first 512). Between the two products stands
-// the online softmax (FlashAttention, arXiv:2205.14135) in base 2. Runs are merged as in
-// Flash-Decoding.
+// Tokens are taken a block at a time. Their rows are gathered through the block table and serve
+// every query row of the group, as keys (576 wide) and as values (the first 512). Between the two
+// products stands the online softmax (FlashAttention, arXiv:2205.14135) in base 2. Runs are merged
+// as in Flash-Decoding.
 //
 // Who includes this defines FLASH_MLA_CPU_LANES, the lanes of a vector, and FLASH_MLA_CPU_ROW_TILE
 // and FLASH_MLA_CPU_COLUMN_TILE, a tile of accumulators that all but fills the vector registers.
@@ -66,6 +65,23 @@ void to_fp32(const T* from, float* to) {
   for (int d = 0; d < kDimQk; d += kLanes) store(to + d, load(from + d));
 }
 
+// A block of a request's tokens, and the rows that look at it.
+struct Block {
+  const DecodeParams& params;
+  const RowGroup& group;
+  std::int32_t begin;
+  int tokens;
+  float scale_log2;
+
+  // How many of the tokens a row sees: no fewer than the row before it.
+  [[nodiscard]] int visible(int row) const {
+    const std::int32_t heads = params.h_q / params.h_kv;
+    const std::int32_t seqlen = params.cache_seqlens[group.request];
+    const std::int32_t end = visible_tokens(params, seqlen, (group.row_begin + row) / heads);
+    return end < begin ? 0 : end - begin < tokens ? end - begin : tokens;
+  }
+};
+
 // Calls tile.operator()<kRows>(row) for whole tiles of rows, then for what is left.
 template <int kRows, class Tile>
 FLASH_MLA_INLINE void for_row_tiles(int row, int num_rows, Tile tile) {
@@ -75,8 +91,8 @@ FLASH_MLA_INLINE void for_row_tiles(int row, int num_rows, Tile tile) {
   }
 }
 
-// The two products in fp32, for any dtype. Both keep kRowTile x kColumnTile vectors of accumulators
-// in registers.
+// The two products in fp32, for any dtype. A block is brought into fp32 once, in L2. Both keep
+// kRowTile x kColumnTile vectors of accumulators in registers.
 template <class T>
 class Fp32Products {
  public:
@@ -106,21 +122,29 @@ class Fp32Products {
   }
 
   // p = scale * q x keys.
-  static void scores(int num_rows, int tokens, float scale, Scratch& scratch) {
-    for_row_tiles<kRowTile>(0, num_rows, [&]<int kRows>(int row) {
-      for (int t = 0; t < tokens; t += kColumnTile) {
-        score_tile<kRows>(scratch.q + row * kDimQk, scratch.kv + t * kDimQk, scale,
+  static void scores(const Block& block, Scratch& scratch) {
+    for_row_tiles<kRowTile>(0, block.group.num_rows, [&]<int kRows>(int row) {
+      for (int t = 0; t < block.tokens; t += kColumnTile) {
+        score_tile<kRows>(scratch.q + row * kDimQk, scratch.kv + t * kDimQk, block.scale_log2,
                           scratch.p + row * kBlock + t);
       }
     });
   }
 
+  // Turns the scores into probabilities, and brings maximum and sum of every row up to date.
+  static void softmax(const Block& block, Scratch& scratch, const Partial& partial) {
+    for (int r = 0; r < block.group.num_rows; ++r) {
+      scratch.correction[r] = softmax_row(scratch.p + r * kBlock, block.visible(r),
+                                          &partial.max_log2[r], &partial.sum[r]);
+    }
+  }
+
   // out = correction * out + p x values.
-  static void accumulate(int num_rows, int tokens, Scratch& scratch, float* out) {
+  static void accumulate(const Block& block, Scratch& scratch, float* out) {
     for (int column = 0; column < kDimV; column += kColumnTile * kLanes) {
-      for_row_tiles<kRowTile>(0, num_rows, [&]<int kRows>(int row) {
+      for_row_tiles<kRowTile>(0, block.group.num_rows, [&]<int kRows>(int row) {
         value_tile<kRows>(scratch.p + row * kBlock, scratch.correction + row, scratch.kv + column,
-                          tokens, out + row * kDimV + column);
+                          block.tokens, out + row * kDimV + column);
       });
     }
   }
@@ -144,6 +168,26 @@ class Fp32Products {
     for (int r = 0; r < kRows; ++r) {
       for (int t = 0; t < kColumnTile; ++t) scores[r * kBlock + t] = scale * sum(sums[r][t]);
     }
+  }
+
+  // Turns a row's scores of a block, of which it sees the first `visible`, into probabilities; the
+  // rest become 0. Returns the factor that what the row summed up before has to be multiplied with.
+  static float softmax_row(float* p, int visible, float* max_log2, float* sum_of_row) {
+    for (int t = visible; t < kBlock; ++t) p[t] = -kInfinity;
+    Vec largest = splat(*max_log2);
+    for (int t = 0; t < kBlock; t += kLanes) largest = max(largest, load(p + t));
+    const float new_max = max_lane(largest);
+    const float finite_max = new_max == -kInfinity ? 0.f : new_max;  // -inf - -inf would be NaN
+    Vec total = {};
+    for (int t = 0; t < kBlock; t += kLanes) {
+      const Vec weight = exp2(load(p + t) - finite_max);
+      store(p + t, weight);
+      total += weight;
+    }
+    const float correction = exp2(*max_log2 - finite_max);
+    *max_log2 = new_max;
+    *sum_of_row = *sum_of_row * correction + sum(total);
+    return correction;
   }
 
   // out[row, columns] = correction[row] * out[row, columns] + sum of p[row, token] * kv[token,
@@ -171,27 +215,6 @@ class Fp32Products {
   }
 };
 
-// Turns a row's scores of a block, of which it sees the first `visible`, into probabilities; the
-// rest become 0. Returns the factor that what the row summed up before has to be multiplied with.
-template <int kBlock>
-float softmax_row(float* p, int visible, float* max_log2, float* sum_of_row) {
-  for (int t = visible; t < kBlock; ++t) p[t] = -kInfinity;
-  Vec largest = splat(*max_log2);
-  for (int t = 0; t < kBlock; t += kLanes) largest = max(largest, load(p + t));
-  const float new_max = max_lane(largest);
-  const float finite_max = new_max == -kInfinity ? 0.f : new_max;  // -inf - -inf would be NaN
-  Vec total = {};
-  for (int t = 0; t < kBlock; t += kLanes) {
-    const Vec weight = exp2(load(p + t) - finite_max);
-    store(p + t, weight);
-    total += weight;
-  }
-  const float correction = exp2(*max_log2 - finite_max);
-  *max_log2 = new_max;
-  *sum_of_row = *sum_of_row * correction + sum(total);
-  return correction;
-}
-
 template <class T, class Products>
 void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32_t token_begin,
                    std::int32_t token_end, void* scratch_memory, const Partial& partial) {
@@ -205,19 +228,14 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
   std::memset(partial.out, 0, sizeof(float) * kDimV * touched_rows);
   Products::load_queries(params, group, scratch);
   TokenReader<T> reader(params, group, token_begin);
-  const std::int32_t seqlen = params.cache_seqlens[group.request];
-  const std::int32_t heads = params.h_q / params.h_kv;
+  const float scale_log2 = params.softmax_scale * kLog2E;
   for (std::int32_t begin = token_begin; begin < token_end; begin += kBlock) {
     const int tokens = token_end - begin < kBlock ? token_end - begin : kBlock;
+    const Block block = {params, group, begin, tokens, scale_log2};
     Products::load_tokens(reader, tokens, scratch);
-    Products::scores(group.num_rows, tokens, params.softmax_scale * kLog2E, scratch);
-    for (int r = 0; r < group.num_rows; ++r) {
-      std::int32_t visible = visible_tokens(params, seqlen, (group.row_begin + r) / heads) - begin;
-      visible = visible < 0 ? 0 : visible < tokens ? visible : tokens;
-      scratch.correction[r] = softmax_row<kBlock>(scratch.p + r * kBlock, visible,
-                                                  &partial.max_log2[r], &partial.sum[r]);
-    }
-    Products::accumulate(group.num_rows, tokens, scratch, partial.out);
+    Products::scores(block, scratch);
+    Products::softmax(block, scratch, partial);
+    Products::accumulate(block, scratch, partial.out);
   }
   Products::release();
 }

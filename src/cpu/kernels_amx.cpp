@@ -1,32 +1,24 @@
 // The kernels for AMX: tile products for bf16; fp16 and fp32 as with AVX-512.
 //
 // A tile is 16 rows of 64 bytes. The product of a tile of A (16 x 32 bf16) and one of B, whose row
-// k holds the pairs (B[2k][n], B[2k + 1][n]), adds to 16 x 16 fp32. The products are laid out so
-// that little has to be rearranged:
-//   scores^T = keys x q^T   A: rows of the cache as they are; B: q, transposed once per chunk
-//   out += p x values       A: probabilities, rounded to bf16; B: two tokens interleaved
-// The scores are transposed back for the softmax. Like the GPU kernels, and unlike the other CPU
-// kernels, this one rounds the probabilities to bf16.
+// k holds the pairs (B[2k][n], B[2k + 1][n]), adds to 16 x 16 fp32:
+//   scores^T = keys x q^T   A: 16 tokens of keys; B: a panel of q
+//   out += p x values       A: a panel of p, whose words are transposed for it; B: values, two
+//                           tokens interleaved
+// bf16_pairs.h tells the rest.
+//
+// NOTE: in this form, of 2026-11-24, the tests have passed with the tile instructions emulated;
+// they have yet to run on a processor that has them.
 #define FLASH_MLA_CPU_LANES 16
 #define FLASH_MLA_CPU_ROW_TILE 6
 #define FLASH_MLA_CPU_COLUMN_TILE 4
-#include <immintrin.h>
-
-#include <utility>
-
-#include "cpu/decode_kernel.h"
+#include "cpu/bf16_pairs.h"
 #include "cpu/merge_kernel.h"
-
-#if defined(__clang__)
-#define FLASH_MLA_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define FLASH_MLA_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IntVec{__VA_ARGS__})
-#endif
 
 namespace flash_mla::cpu {
 namespace {
 
-constexpr int kTileRows = 16;
+constexpr int kTileRows = kPanelRows;
 constexpr int kTileBytes = 64;  // of a row
 constexpr int kTileDepth = 32;  // bf16 of a row
 
@@ -43,73 +35,30 @@ struct alignas(64) TileConfig {
   std::uint8_t rows[16] = {};
 };
 
-// Exchanges lane i | kWidth of x with lane i of y, for every i without that bit.
-template <int kWidth, int... i>
-FLASH_MLA_INLINE void exchange(BitVec& x, BitVec& y, std::integer_sequence<int, i...>) {
-  const BitVec old = x;
-  x = FLASH_MLA_SHUFFLE(old, y, ((i & kWidth) ? 16 + i - kWidth : i)...);
-  y = FLASH_MLA_SHUFFLE(old, y, ((i & kWidth) ? 16 + i : i + kWidth)...);
-}
+// NOTE: GCC 12's intrinsics do not say that they read memory, and a store before them may move
+// behind them.
+FLASH_MLA_INLINE void finish_stores() { asm volatile("" : : : "memory"); }
 
-// Transposes a square of 32-bit words, exchanging ever smaller blocks across the diagonal.
-template <int kWidth = 8>
-FLASH_MLA_INLINE void transpose(BitVec (&rows)[16]) {
-  for (int i = 0; i < 16; ++i) {
-    if ((i & kWidth) == 0) {
-      exchange<kWidth>(rows[i], rows[i | kWidth], std::make_integer_sequence<int, 16>());
-    }
-  }
-  if constexpr (kWidth > 1) transpose<kWidth / 2>(rows);
-}
+class AmxProducts : public PairOperands<128> {
+  static_assert(kTokenMultiple == kTileDepth);
 
-// to[j][i] = from[i][j] for 16 x 16 words; strides in bytes.
-inline void transpose(const void* from, int from_stride, void* to, int to_stride) {
-  BitVec rows[16];
-  for (int i = 0; i < 16; ++i) {
-    rows[i] = load_raw<BitVec>(static_cast<const char*>(from) + i * from_stride);
-  }
-  transpose(rows);
-  for (int i = 0; i < 16; ++i) {
-    std::memcpy(static_cast<char*>(to) + i * to_stride, &rows[i], sizeof rows[i]);
-  }
-}
+  // The keys of 16 tokens: rows equally far apart.
+  struct KeyTiles {
+    const Bf16* rows;
+    std::intptr_t stride;  // bytes
+  };
 
-class AmxProducts {
  public:
-  static constexpr int kBlock = 128;
-  static_assert(kPartialRowMultiple % kTileRows == 0);
-
-  struct alignas(64) Scratch {
-    float p[kMaxRows * kBlock];
-    float correction[kMaxRows];
-    Bf16 p_bf16[kMaxRows * kBlock];
-    Bf16 keys[kBlock * kDimQk];
-    // [token / 2][column], a pair of tokens in each word.
-    std::uint32_t values[kBlock / 2 * kDimV];
-    // [row / 16][d / 2][row % 16], a pair of neighbours in d in each word.
-    std::uint32_t q[kMaxRows * kDimQk / 2];
-    float tile[kTileRows * kTileRows];
+  struct alignas(64) Scratch : Operands {
+    KeyTiles keys[kBlock / kTileRows];
+    Bf16 copied_keys[kBlock][kDimQk];
+    // A pair of tokens in each word. With the spare words the rows of a tile do not compete for the
+    // same lines of L1.
+    std::uint32_t values[kBlock / 2][kDimV + kTileRows];
   };
 
   static void load_queries(const DecodeParams& params, const RowGroup& group, Scratch& scratch) {
-    // Rows up to the next whole tile are zero.
-    alignas(64) static constexpr Bf16 kZeros[kDimQk] = {};
-    for (int row = 0; row < group.num_rows; row += kTileRows) {
-      const Bf16* rows[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) {
-        rows[r] = row + r < group.num_rows ? query_row<Bf16>(params, group, row + r) : kZeros;
-      }
-      for (int d = 0; d < kDimQk; d += kTileDepth) {
-        BitVec words[16];
-        for (int r = 0; r < kTileRows; ++r) words[r] = load_raw<BitVec>(rows[r] + d);
-        transpose(words);
-        std::memcpy(scratch.q + (row / kTileRows * kDimQk + d) / 2 * kTileRows, words,
-                    sizeof words);
-      }
-    }
-    const int whole_rows = round_up(group.num_rows, kTileRows);
-    std::memset(scratch.p_bf16 + group.num_rows * kBlock, 0,
-                (whole_rows - group.num_rows) * kBlock * sizeof(Bf16));
+    PairOperands::load_queries(params, group, scratch);
     TileConfig config;
     for (int tile = 0; tile < kNumTiles; ++tile) {
       config.row_bytes[tile] = kTileBytes;
@@ -122,124 +71,136 @@ class AmxProducts {
     _tile_loadconfig(&config);
   }
 
+  // Tokens up to the next whole tile are zero.
   static void load_tokens(TokenReader<Bf16>& reader, int tokens, Scratch& scratch) {
-    for (int t = 0; t < tokens; ++t) {
-      std::memcpy(scratch.keys + t * kDimQk, reader.next(), kDimQk * sizeof(Bf16));
-    }
-    const int whole_tokens = round_up(tokens, kTileDepth);
-    std::memset(scratch.keys + tokens * kDimQk, 0, (whole_tokens - tokens) * kDimQk * sizeof(Bf16));
-    for (int t = 0; t < whole_tokens; t += 2) {
-      const Bf16* pair = scratch.keys + t * kDimQk;
-      for (int d = 0; d < kDimV; d += kLanes) {
-        const BitVec even = __builtin_convertvector(load_raw<HalfBitVec>(pair + d), BitVec);
-        const BitVec odd = __builtin_convertvector(load_raw<HalfBitVec>(pair + kDimQk + d), BitVec);
-        const BitVec words = even | odd << 16;
-        std::memcpy(scratch.values + t / 2 * kDimV + d, &words, sizeof words);
+    for (int first = 0; first < round_up(tokens, kTileDepth); first += kTileRows) {
+      const Bf16* rows[kTileRows];
+      for (int t = 0; t < kTileRows; ++t) rows[t] = first + t < tokens ? reader.next() : kZeros;
+      for (int t = 0; t < kTileRows; t += 2) {
+        interleave_rows(rows[t], rows[t + 1], scratch.values[(first + t) / 2]);
       }
+      scratch.keys[first / kTileRows] = key_tiles(rows, scratch.copied_keys + first);
     }
   }
 
-  static void scores(int num_rows, int tokens, float scale, Scratch& scratch) {
-    for (int t = 0; t < tokens; t += 2 * kTileRows) {
-      int row = 0;
-      for (; num_rows - row > kTileRows; row += 2 * kTileRows) score_tiles<2>(row, t, scratch);
-      if (row < num_rows) score_tiles<1>(row, t, scratch);
-    }
-    for (int i = 0; i < num_rows * kBlock; i += kLanes) {
-      store(scratch.p + i, load(scratch.p + i) * scale);
+  static void scores(const Block& block, Scratch& scratch) {
+    for (int t = 0; t < block.tokens; t += 2 * kTileRows) {
+      for_row_tiles<2>(0, num_panels(block),
+                       [&]<int kPanels>(int panel) { score_tiles<kPanels>(panel, t, scratch); });
     }
   }
 
-  static void accumulate(int num_rows, int tokens, Scratch& scratch, float* out) {
-    for (int r = 0; r < num_rows; ++r) {
-      for (int t = 0; t < kBlock; t += kLanes) {
-        store(scratch.p_bf16 + r * kBlock + t, load(scratch.p + r * kBlock + t));
+  static void accumulate(const Block& block, Scratch& scratch, float* out) {
+    // A tile of A holds 32 tokens of a row, not 16 rows of two tokens.
+    for (int panel = 0; panel < num_panels(block); ++panel) {
+      for (int t = 0; t < block.tokens; t += kTileDepth) {
+        auto* const words = scratch.p[panel] + t / 2;
+        transpose([&](int i) { return words[i]; }, words);
       }
+    }
+    for (int r = 0; r < block.group.num_rows; ++r) {
       if (scratch.correction[r] == 1.f) continue;  // the maximum is the old one
       for (int d = 0; d < kDimV; d += kLanes) {
         store(out + r * kDimV + d, load(out + r * kDimV + d) * scratch.correction[r]);
       }
     }
     for (int column = 0; column < kDimV; column += 2 * kTileRows) {
-      int row = 0;
-      for (; num_rows - row > kTileRows; row += 2 * kTileRows) {
-        value_tiles<2>(row, column, tokens, scratch, out);
-      }
-      if (row < num_rows) value_tiles<1>(row, column, tokens, scratch, out);
+      for_row_tiles<2>(0, num_panels(block), [&]<int kPanels>(int panel) {
+        value_tiles<kPanels>(panel, column, block.tokens, scratch, out);
+      });
     }
   }
 
   static void release() { _tile_release(); }
 
  private:
-  // Scores of 32 tokens and kRowTiles * 16 rows, not scaled.
-  template <int kRowTiles>
-  static void score_tiles(int row, int token, Scratch& scratch) {
-    const Bf16* keys = scratch.keys + token * kDimQk;
-    const std::uint32_t* q = scratch.q + row * kDimQk / 2;
-    constexpr int kKeyStride = kDimQk * sizeof(Bf16);
+  // The values of two tokens. Brings the rest of their rows into the caches too.
+  static void interleave_rows(const Bf16* even_row, const Bf16* odd_row, std::uint32_t* words) {
+    for (int d = 0; d < kDimV; d += 2 * kLanes) {
+      const auto even = load_raw<Bf16Vec>(even_row + d), odd = load_raw<Bf16Vec>(odd_row + d);
+      const BitVec low = interleave<0, 32>(even, odd), high = interleave<16, 48>(even, odd);
+      std::memcpy(words + d, &low, sizeof low);
+      std::memcpy(words + d + kLanes, &high, sizeof high);
+    }
+    for (int d = kDimV; d < kDimQk; d += kTileDepth) {
+      __builtin_prefetch(even_row + d);
+      __builtin_prefetch(odd_row + d);
+    }
+  }
+
+  // The cache itself where the rows are equally far apart, as inside a page; else a copy.
+  static KeyTiles key_tiles(const Bf16* const (&rows)[kTileRows], Bf16 (*copy)[kDimQk]) {
+    const auto distance = [&](int t) {
+      return reinterpret_cast<std::intptr_t>(rows[t]) -
+             reinterpret_cast<std::intptr_t>(rows[t - 1]);
+    };
+    const std::intptr_t stride = distance(1);
+    bool regular = true;
+    for (int t = 2; t < kTileRows; ++t) regular = regular && distance(t) == stride;
+    if (regular) return {rows[0], stride};
+    for (int t = 0; t < kTileRows; ++t) std::memcpy(copy[t], rows[t], sizeof copy[t]);
+    return {copy[0], sizeof copy[0]};
+  }
+
+  // Scores of 32 tokens and kPanels * 16 rows.
+  template <int kPanels>
+  static void score_tiles(int panel, int token, Scratch& scratch) {
+    finish_stores();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    const KeyTiles keys0 = scratch.keys[token / kTileRows];
+    const KeyTiles keys1 = scratch.keys[token / kTileRows + 1];
     for (int d = 0; d < kDimQk; d += kTileDepth) {
-      _tile_loadd(4, keys + d, kKeyStride);
-      _tile_loadd(5, keys + kTileRows * kDimQk + d, kKeyStride);
-      _tile_loadd(6, q + d / 2 * kTileRows, kTileBytes);
+      _tile_loadd(4, keys0.rows + d, keys0.stride);
+      _tile_loadd(5, keys1.rows + d, keys1.stride);
+      _tile_loadd(6, scratch.q[panel][d / 2], kTileBytes);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kRowTiles == 2) {
-        _tile_loadd(7, q + (kDimQk + d) / 2 * kTileRows, kTileBytes);
+      if constexpr (kPanels == 2) {
+        _tile_loadd(7, scratch.q[panel + 1][d / 2], kTileBytes);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
     }
-    float* p = scratch.p + row * kBlock + token;
-    constexpr int kStride = kBlock * sizeof(float);
-    _tile_stored(0, scratch.tile, kTileBytes);
-    transpose(scratch.tile, kTileBytes, p, kStride);
-    _tile_stored(2, scratch.tile, kTileBytes);
-    transpose(scratch.tile, kTileBytes, p + kTileRows, kStride);
-    if constexpr (kRowTiles == 2) {
-      p += kTileRows * kBlock;
-      _tile_stored(1, scratch.tile, kTileBytes);
-      transpose(scratch.tile, kTileBytes, p, kStride);
-      _tile_stored(3, scratch.tile, kTileBytes);
-      transpose(scratch.tile, kTileBytes, p + kTileRows, kStride);
+    _tile_stored(0, scratch.scores[panel][token], kTileBytes);
+    _tile_stored(2, scratch.scores[panel][token + kTileRows], kTileBytes);
+    if constexpr (kPanels == 2) {
+      _tile_stored(1, scratch.scores[panel + 1][token], kTileBytes);
+      _tile_stored(3, scratch.scores[panel + 1][token + kTileRows], kTileBytes);
     }
   }
 
-  // Adds to kRowTiles * 16 rows and 32 columns of out.
-  template <int kRowTiles>
-  static void value_tiles(int row, int column, int tokens, Scratch& scratch, float* out) {
-    const Bf16* p = scratch.p_bf16 + row * kBlock;
-    const std::uint32_t* values = scratch.values + column;
+  // Adds to kPanels * 16 rows and 32 columns of out.
+  template <int kPanels>
+  static void value_tiles(int panel, int column, int tokens, Scratch& scratch, float* out) {
+    constexpr int kValueStride = sizeof scratch.values[0];
     constexpr int kOutStride = kDimV * sizeof(float);
-    constexpr int kPStride = kBlock * sizeof(Bf16);
-    constexpr int kValueStride = kDimV * sizeof(std::uint32_t);
-    float* const out0 = out + row * kDimV + column;
+    float* const out0 = out + panel * kTileRows * kDimV + column;
     float* const out1 = out0 + kTileRows * kDimV;
+    finish_stores();
     _tile_loadd(0, out0, kOutStride);
     _tile_loadd(1, out0 + kTileRows, kOutStride);
-    if constexpr (kRowTiles == 2) {
+    if constexpr (kPanels == 2) {
       _tile_loadd(2, out1, kOutStride);
       _tile_loadd(3, out1 + kTileRows, kOutStride);
     }
     for (int t = 0; t < tokens; t += kTileDepth) {
-      _tile_loadd(4, p + t, kPStride);
-      _tile_loadd(6, values + t / 2 * kDimV, kValueStride);
-      _tile_loadd(7, values + t / 2 * kDimV + kTileRows, kValueStride);
+      _tile_loadd(4, scratch.p[panel][t / 2], kTileBytes);
+      _tile_loadd(6, scratch.values[t / 2] + column, kValueStride);
+      _tile_loadd(7, scratch.values[t / 2] + column + kTileRows, kValueStride);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-      if constexpr (kRowTiles == 2) {
-        _tile_loadd(5, p + kTileRows * kBlock + t, kPStride);
+      if constexpr (kPanels == 2) {
+        _tile_loadd(5, scratch.p[panel + 1][t / 2], kTileBytes);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
     }
     _tile_stored(0, out0, kOutStride);
     _tile_stored(1, out0 + kTileRows, kOutStride);
-    if constexpr (kRowTiles == 2) {
+    if constexpr (kPanels == 2) {
       _tile_stored(2, out1, kOutStride);
       _tile_stored(3, out1 + kTileRows, kOutStride);
     }
