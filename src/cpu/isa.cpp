@@ -50,7 +50,8 @@ bool has_baseline() { return true; }
 // Best first.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
-    {&kAmxKernels, has_amx},
+    {&kAmxKernels, has_amx},                 // Intel since Sapphire Rapids
+    {&kAvx512Bf16Kernels, has_avx512_bf16},  // AMD since Zen 4; Cooper Lake
     {&kAvx512Kernels, has_avx512},
     {&kAvx2Kernels, has_avx2},
 #endif
