@@ -1,8 +1,9 @@
 // The thread count and the thread pool of the CPU backend.
 //
-// One pool per process, made at the first call that needs it and never destroyed: its threads sleep
-// between calls. A job hands out indices through one atomic counter. The caller works too, and does
-// not wait for threads that have not woken up by the time the indices have run out.
+// A job hands out indices through one atomic counter to the threads that work on it: those of a
+// runner, or of the pool. There is one pool per process, made at the first call that needs it and
+// never destroyed; its threads sleep between calls. The caller works too, and does not wait for
+// threads of the pool that have not woken up by the time the indices have run out.
 #include "cpu/threads.h"
 
 #include <pthread.h>
@@ -47,23 +48,39 @@ std::int32_t default_num_threads() {
 
 std::atomic<std::int32_t> wanted_threads{0};  // 0: not asked for yet
 
+struct Job {
+  Task task = nullptr;
+  void* context = nullptr;
+  std::int64_t count = 0;
+  std::atomic<std::int64_t> next_index{0};
+
+  // Runs what is left of it, together with whoever else works on it.
+  void work(std::int32_t thread) noexcept {
+    for (;;) {
+      const std::int64_t index = next_index.fetch_add(1, std::memory_order_relaxed);
+      if (index >= count) return;
+      task(context, index, thread);
+    }
+  }
+};
+
 class Pool {
  public:
   // False when another call holds the pool.
-  bool run(std::int64_t count, std::int32_t num_threads, Task task, void* context) noexcept {
+  bool run(Job& job, std::int32_t num_threads) noexcept {
     const std::unique_lock<std::mutex> held(busy_, std::try_to_lock);
     if (!held.owns_lock()) return false;
     grow(num_threads - 1);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = {task, context, count, num_threads};
-      next_index_.store(0, std::memory_order_relaxed);
+      job_ = &job;
+      num_threads_ = num_threads;
       next_thread_ = 1;
       open_ = true;
       ++generation_;
     }
     wake_.notify_all();
-    work(job_, 0);
+    job.work(0);
     std::unique_lock<std::mutex> lock(mutex_);
     open_ = false;
     done_.wait(lock, [this] { return active_ == 0; });
@@ -71,13 +88,6 @@ class Pool {
   }
 
  private:
-  struct Job {
-    Task task = nullptr;
-    void* context = nullptr;
-    std::int64_t count = 0;
-    std::int32_t num_threads = 0;
-  };
-
   void grow(std::int32_t wanted) noexcept {
     try {
       for (; num_workers_ < wanted; ++num_workers_) std::thread([this] { worker(); }).detach();
@@ -93,33 +103,24 @@ class Pool {
     for (;;) {
       wake_.wait(lock, [&] { return open_ && generation_ != seen; });
       seen = generation_;
-      if (next_thread_ >= job_.num_threads) continue;
+      if (next_thread_ >= num_threads_) continue;
       const std::int32_t thread = next_thread_++;
-      const Job job = job_;
+      Job* const job = job_;
       ++active_;
       lock.unlock();
-      work(job, thread);
+      job->work(thread);
       lock.lock();
       if (--active_ == 0) done_.notify_one();
-    }
-  }
-
-  void work(const Job& job, std::int32_t thread) noexcept {
-    for (;;) {
-      const std::int64_t index = next_index_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= job.count) return;
-      job.task(job.context, index, thread);
     }
   }
 
   std::mutex busy_;               // held by the call whose job runs
   std::int32_t num_workers_ = 0;  // guarded by busy_
 
-  std::atomic<std::int64_t> next_index_{0};
-
   std::mutex mutex_;  // guards what follows
   std::condition_variable wake_, done_;
-  Job job_;
+  Job* job_ = nullptr;
+  std::int32_t num_threads_ = 0;
   bool open_ = false;  // workers may join the job
   std::uint64_t generation_ = 0;
   std::int32_t next_thread_ = 1;
@@ -127,14 +128,23 @@ class Pool {
 };
 
 std::atomic<Pool*> the_pool{nullptr};
+std::atomic<Runner> the_runner{nullptr};
+
+// A child of fork() has none of the threads: it forgets the runner and the parent's pool, and makes
+// a pool of its own.
+void forget_in_child() noexcept {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    the_pool.store(nullptr);
+    the_runner.store(nullptr);
+  });
+  static_cast<void>(registered);
+}
 
 // Null when there is no memory for it.
 Pool* pool() noexcept {
   Pool* existing = the_pool.load(std::memory_order_acquire);
   if (existing != nullptr) return existing;
-  // A child of fork() has none of the threads: it forgets the parent's pool and makes its own.
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
-  static_cast<void>(registered);
+  forget_in_child();
   Pool* made = new (std::nothrow) Pool;
   if (the_pool.compare_exchange_strong(existing, made, std::memory_order_acq_rel)) return made;
   delete made;
@@ -157,13 +167,24 @@ void set_num_threads(std::int32_t num_threads) noexcept {
   wanted_threads.store(clamp_threads(num_threads), std::memory_order_relaxed);
 }
 
+void set_runner(Runner runner) noexcept {
+  forget_in_child();
+  the_runner.store(runner);
+}
+
 void parallel_for(std::int64_t count, std::int32_t num_threads, Task task, void* context) noexcept {
+  Job job{task, context, count};
   if (count < num_threads) num_threads = static_cast<std::int32_t>(count);
   if (num_threads > 1) {
-    Pool* const shared = pool();
-    if (shared != nullptr && shared->run(count, num_threads, task, context)) return;
+    if (const Runner runner = the_runner.load(); runner != nullptr) {
+      runner(
+          num_threads, [](void* job, std::int32_t thread) { static_cast<Job*>(job)->work(thread); },
+          &job);
+    } else if (Pool* const shared = pool(); shared != nullptr && shared->run(job, num_threads)) {
+      return;
+    }
   }
-  for (std::int64_t index = 0; index < count; ++index) task(context, index, 0);
+  job.work(0);  // all of it, or what a runner has left
 }
 
 }  // namespace flash_mla::cpu

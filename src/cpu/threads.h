@@ -1,4 +1,4 @@
-// The thread count and the thread pool of the CPU backend.
+// The threads of the CPU backend: its own pool, or those of the program it is in.
 #pragma once
 
 #include <cstdint>
@@ -22,5 +22,15 @@ void parallel_for(std::int64_t count, std::int32_t num_threads, Function& functi
       },
       &function);
 }
+
+// A runner calls work(context, thread) for every thread in 0 .. num_threads - 1, at the same time
+// as far as it can, and returns when all calls have returned. Calls that it does not make leave
+// more to do for the others, and for the caller.
+using Work = void (*)(void* context, std::int32_t thread);
+using Runner = void (*)(std::int32_t num_threads, Work work, void* context);
+
+// From now on parallel_for uses `runner` instead of the pool; null: the pool. A forked child goes
+// back to the pool, because the runner's threads are not there.
+void set_runner(Runner runner) noexcept;
 
 }  // namespace flash_mla::cpu

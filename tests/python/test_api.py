@@ -141,6 +141,25 @@ def test_threads_follow_torch() -> None:
     assert done.stdout.split() == ["3", "1"], done.stderr
 
 
+def test_forked_child() -> None:
+    """PyTorch's threads are missing in a child of fork(), which therefore uses others."""
+    done = run_python(
+        "import os, signal, torch, flash_mla\n"
+        "q = torch.ones(2, 1, 16, 576); kv = torch.ones(40, 64, 1, 576)\n"
+        "table = torch.arange(40, dtype=torch.int32).view(2, 20); lengths = torch.full((2,), 1280).int()\n"
+        "torch.set_num_threads(2)\n"
+        "def decode():\n"
+        "    return flash_mla.flash_mla_with_kvcache(q, kv, table, lengths, 512, None)[0][0, 0, 0, 0].item()\n"
+        "expected = decode()\n"
+        "if child := os.fork():\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "else:\n"
+        "    signal.alarm(60)\n"
+        "    os._exit(0 if decode() == expected else 1)\n"
+    )
+    assert done.stdout.split() == ["0"], done.stderr
+
+
 @pytest.mark.parametrize("script", ["examples/python/decode.py", "tests/test_flash_mla.py"])
 def test_script(script: str) -> None:
     arguments = ["--quick"] if script.startswith("tests") else []

@@ -1,13 +1,10 @@
 // One decode, from either way into it: the operator or the eager function.
 #include "decode_call.h"
 
-#include <torch/csrc/stable/c/shim.h>
-
-#include <atomic>
 #include <cstdint>
 #include <limits>
 
-#include "flash_mla/backend.h"
+#include "torch_threads.h"
 #include "workspace.h"
 
 namespace flash_mla::python {
@@ -34,15 +31,6 @@ bool is_ready(const TensorView& q) {
 bool has_results(const TensorView& q) {
   return q.rank == 4 && static_cast<double>(q.shape[0]) * q.shape[1] * q.shape[2] <=
                             std::numeric_limits<std::int32_t>::max();
-}
-
-void follow_torch_threads(Device device) {
-  if (device.type != DeviceType::kCpu) return;
-  static std::atomic<std::uint32_t> last{0};
-  std::uint32_t threads = 0;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
-  if (threads == last.exchange(threads)) return;
-  check(set_cpu_num_threads(static_cast<std::int32_t>(threads)));
 }
 
 void run_decode(const DecodeArgs& args, const DecodePlan& plan) {

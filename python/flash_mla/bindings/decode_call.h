@@ -16,9 +16,6 @@ namespace flash_mla::python {
 // False for a q for whose results no memory should be asked for, because decode() refuses it.
 [[nodiscard]] bool has_results(const TensorView& q);
 
-// The CPU backend uses as many threads as PyTorch does.
-void follow_torch_threads(Device device);
-
 // Decodes in PyTorch's current stream of q's device. Throws what check() throws.
 void run_decode(const DecodeArgs& args, const DecodePlan& plan);
 

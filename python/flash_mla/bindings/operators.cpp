@@ -12,6 +12,7 @@
 #include "decode_call.h"
 #include "flash_mla/flash_mla.h"
 #include "tensor.h"
+#include "torch_threads.h"
 #include "workspace.h"
 
 namespace flash_mla::python {
