@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import _errors
+from .pages import Pages
 
 _append = torch.ops.flash_mla.append_kv_cache.default
 
@@ -100,7 +101,7 @@ class PagedKVCache:
         self.kv_cache = torch.empty(
             (num_pages, page_size, 1, _D_LATENT + _D_ROPE), dtype=dtype, device=device
         )
-        self._free = list(range(num_pages - 1, -1, -1))  # taken from the end: low pages first
+        self._pages = Pages(num_pages)
         self._requests: dict[Hashable, _Request] = {}
 
     def __contains__(self, request_id: Hashable) -> bool:
@@ -133,7 +134,7 @@ class PagedKVCache:
         try:
             append_kv_cache(kv_c, k_pe, self.kv_cache, slots)
         except Exception:
-            self._free.extend(reversed(request.pages[pages:]))
+            self._pages.release(request.pages[pages:])
             del request.pages[pages:]
             request.tokens = tokens
             raise
@@ -142,7 +143,7 @@ class PagedKVCache:
         """Removes a request; its pages may be given to others."""
         request = self._request(request_id, "free")
         del self._requests[request_id]
-        self._free.extend(reversed(request.pages))
+        self._pages.release(request.pages)
 
     def block_table(self, request_ids: Sequence[Hashable]) -> torch.Tensor:
         """Page numbers of requests, (b, max_pages) int32; rows of shorter requests are padded with 0."""
@@ -171,7 +172,7 @@ class PagedKVCache:
     @property
     def usage(self) -> CacheUsage:
         """How full the cache is."""
-        used = self.num_pages - len(self._free)
+        used = self._pages.used
         tokens = sum(request.tokens for request in self._requests.values())
         return CacheUsage(
             num_pages=self.num_pages,
@@ -196,11 +197,11 @@ class PagedKVCache:
             )
         first, last = request.tokens, request.tokens + tokens
         wanted = -(-last // self.page_size) - len(request.pages)
-        if wanted > len(self._free):
+        if wanted > self._pages.free:
             raise MemoryError(
-                f"PagedKVCache.{method}: request {request_id!r} needs {wanted} pages, {len(self._free)} of {self.num_pages} are free"
+                f"PagedKVCache.{method}: request {request_id!r} needs {wanted} pages, {self._pages.free} of {self.num_pages} are free"
             )
-        request.pages.extend(self._free.pop() for _ in range(wanted))
+        request.pages.extend(self._pages.take(wanted))
         request.tokens = last
         self._requests[request_id] = request
         return self._slots(request, first, last)
