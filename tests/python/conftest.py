@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -20,6 +23,7 @@ def _cuda_obstacle() -> str:
 
 
 CUDA_OBSTACLE = _cuda_obstacle()
+NO_TRANSFORMERS = importlib.util.find_spec("transformers") is None
 
 
 def pytest_report_header() -> str:
@@ -32,6 +36,12 @@ def pytest_terminal_summary(terminalreporter) -> None:
     if CUDA_OBSTACLE:
         terminalreporter.write_line(
             f"GPU TESTS WERE SKIPPED: {CUDA_OBSTACLE}", yellow=True, bold=True
+        )
+    if NO_TRANSFORMERS:
+        terminalreporter.write_line(
+            "TRANSFORMERS TESTS WERE SKIPPED: it is not installed (pip install 'transformers>=5.15')",
+            yellow=True,
+            bold=True,
         )
 
 
@@ -50,3 +60,12 @@ def pytest_collection_modifyitems(items) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread only waits: for seconds, on a machine that has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

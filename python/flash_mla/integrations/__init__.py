@@ -1,0 +1,1 @@
+"""What joins flash_mla to other frameworks: one module each, imported only when asked for."""

@@ -1,0 +1,148 @@
+"""Absorbed attention of one layer, and the place where it steps in for the model's own.
+
+    q'[h] = W_UK[h]^T q_nope[h]          the query in the space of the latents
+    o'[h] = attention(q', latents)       over the pages as they are
+    o[h]  = W_UV[h] o'[h]
+
+Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and appendix C. The model's own module makes the
+queries (with its RoPE), calls the cache, then `expand_kv`, then the attention function that its
+config names. So two attributes of the module are replaced: `expand_kv`, which passes latents of
+ours on as they are, and `config`, which names our function for that one call.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+import flash_mla
+
+from .cache import D_LATENT, D_ROPE, LatentLayer
+from .weights import AbsorbedWeights
+
+if TYPE_CHECKING:
+    from .controller import Controller
+
+NAME = "mla_absorbed"  # of the attention function; one with "flash" in it gets the masks of FlashAttention
+
+
+class LayerConfig:
+    """A module's config, read through; it names our attention function while a call is to run absorbed."""
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["_flash_mla_config"] = config
+        self.__dict__["_flash_mla_absorb"] = False
+
+    @property
+    def _attn_implementation(self) -> str:
+        return NAME if self._flash_mla_absorb else self._flash_mla_config._attn_implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_flash_mla_config" not in self.__dict__:
+            raise AttributeError(name)  # also while a copy is being made
+        return getattr(self._flash_mla_config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            setattr(self._flash_mla_config, name, value)
+
+
+class AbsorbedLayer:
+    """What is kept beside an attention module that can run absorbed (`module._flash_mla`)."""
+
+    def __init__(self, controller: Controller, name: str, module: nn.Module) -> None:
+        self.controller = controller
+        self.name = name
+        self.index = module.layer_idx
+        self.d_nope = module.qk_nope_head_dim
+        self.weights = AbsorbedWeights(module.qk_nope_head_dim, module.v_head_dim)
+        self.obstacle = ""  # why it cannot run absorbed at the moment
+        self.ready: tuple[torch.Tensor, torch.Tensor] | None = None  # its weights, for this step
+        self.pending: LatentLayer | None = None  # between expand_kv and the attention function
+
+
+def attach(module: nn.Module, layer: AbsorbedLayer) -> None:
+    """Lets `layer` step in for the module's own attention."""
+    AttentionInterface.register(NAME, _attend)
+    # Nothing asks for a mask by this name; if something does, it must not get none at all.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    module._flash_mla = layer
+    module.config = LayerConfig(module.config)
+    module.expand_kv = types.MethodType(_expand_kv, module)
+
+
+def detach(module: nn.Module) -> None:
+    """Takes back what `attach` did."""
+    module.config = module.config._flash_mla_config
+    del module.expand_kv, module._flash_mla
+
+
+def _expand_kv(
+    module: nn.Module, kv_nope: torch.Tensor, k_rot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    own = type(module).expand_kv
+    if torch.compiler.is_compiling():
+        return own(module, kv_nope, k_rot)
+    layer = module._flash_mla
+    layer.pending = getattr(kv_nope, "_flash_mla_layer", None)
+    module.config._flash_mla_absorb = layer.pending is not None
+    if layer.pending is not None:
+        del kv_nope._flash_mla_layer
+        return kv_nope, k_rot
+    layer.controller.count(layer, absorbed=False)
+    return own(module, kv_nope, k_rot)
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function, in Transformers' form. query (b, h, s_q, d_nope + 64); key and value are
+    not looked at. Returns (b, s_q, h, d_v) and no weights."""
+    layer = module._flash_mla
+    latents, layer.pending = layer.pending, None
+    module.config._flash_mla_absorb = False
+    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "indices"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"flash_mla: {name} of {layer.name} is not supported")
+    b, h, s_q, _ = query.shape
+    w_uk, w_uv = layer.ready
+    tensors = latents.rows.tensors(latents.device)
+
+    rows = query.transpose(1, 2).reshape(b * s_q, h, -1)  # a view where s_q is 1
+    if tensors.order is not None:
+        rows = rows[tensors.order]
+    q = query.new_empty(b * s_q, h, D_LATENT + D_ROPE)
+    torch.bmm(
+        rows[..., : layer.d_nope].transpose(0, 1), w_uk, out=q[..., :D_LATENT].transpose(0, 1)
+    )
+    q[..., D_LATENT:] = rows[..., layer.d_nope :]
+    out, _ = flash_mla.flash_mla_with_kvcache(
+        q.view(b, s_q, h, -1),
+        latents.pages,
+        tensors.table,
+        tensors.lengths,
+        D_LATENT,
+        tensors.metadata,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    result = query.new_empty(b * s_q, h, w_uv.shape[2])
+    torch.bmm(out.view(b * s_q, h, -1).transpose(0, 1), w_uv, out=result.transpose(0, 1))
+    if tensors.order is not None:
+        result = torch.empty_like(result).index_copy_(0, tensors.order, result)
+    layer.controller.count(layer, absorbed=True)
+    return result.view(b, s_q, h, -1), None

@@ -1,0 +1,304 @@
+"""Plans the forward passes of a model: which run absorbed, which on the model's own attention, and counts both."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+import flash_mla
+
+from . import cache as _cache
+from . import masks, structure
+from .attention import AbsorbedLayer
+from .cache import LatentLayer
+from .rows import KEEP
+from .weights import NotAbsorbable
+
+_DTYPES = {
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+    "cuda": (torch.bfloat16, torch.float16),
+}
+
+
+class Controller:
+    """Settings and counts of one `enable`.
+
+    `calls` counts calls of attention layers: "absorbed"; "prefill" (nothing was cached yet) and
+    "long chunk" (more new tokens than max_s_q), which run the model's own attention by design; and
+    "fallback", whose `reasons` are counted too, each with one warning.
+    """
+
+    def __init__(self, max_s_q: int, max_pages: int | None) -> None:
+        self.max_s_q, self.max_pages = max_s_q, max_pages
+        self.decoders: list[Decoder] = []
+        self.left: dict[str, str] = {}  # why layers were not taken, by name
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.kind = "prefill"  # of calls that do not run absorbed, in this forward pass
+        self.reason = ""
+        self._warned: set[str] = set()
+
+    def count(self, layer: AbsorbedLayer, absorbed: bool) -> None:
+        if absorbed:
+            self.calls["absorbed"] += 1
+            return
+        kind = "fallback" if self.reason else self.kind
+        self.calls[kind] += 1
+        if kind == "fallback":
+            self.reasons[self.reason or layer.obstacle] += 1
+
+    def fall_back(self, reason: str) -> None:
+        """This forward pass runs on the model's own attention."""
+        self.reason = reason
+        self.warn(reason)
+
+    def warn(self, reason: str) -> None:
+        """Says, once for each reason, that the model's own attention runs."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"flash_mla: the model's own attention runs: {reason}", stacklevel=2)
+
+
+@dataclasses.dataclass
+class _Call:
+    """What a decoder's forward was given."""
+
+    arguments: dict[str, Any]
+    cache: Any
+    mask: Any
+    tokens: torch.Tensor  # ids or embeddings: (b, s_q, ...)
+
+    @property
+    def b(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def s_q(self) -> int:
+        return self.tokens.shape[1]
+
+
+class Decoder:
+    """The module of a model that is called with a cache and a mask, and its layers that can run absorbed.
+
+    `before` is its forward pre-hook.
+    """
+
+    def __init__(
+        self, controller: Controller, module: nn.Module, layers: dict[int, nn.Module]
+    ) -> None:
+        self.controller = controller
+        self.module = module
+        self.layers = layers  # attention modules by their index in the cache
+        self.names = structure.arguments_of(module)
+        # Where nobody else needs the mask, absorbed steps do without one.
+        self.owns_mask = "hidden_states" not in self.names and not structure.has_other_attention(
+            module, set(layers.values())
+        )
+        self._ready_masks: dict[torch.device, torch.Tensor] = {}
+        self.handle = module.register_forward_pre_hook(self.before, with_kwargs=True)
+
+    def before(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Decides how the coming forward pass runs, and makes room for its tokens.
+
+        Raises MemoryError when pages run out, and ValueError for a mask that asks for tokens which
+        are not cached. Nothing has changed then.
+        """
+        if torch.compiler.is_compiling():
+            return None  # what is compiled is the model's own attention
+        call = self._read(args, kwargs)
+        self.controller.kind, self.controller.reason = "prefill", ""
+        if not self._plan(call) or not self.owns_mask:
+            return None
+        # A mask with four axes passes for one that is ready: no layer builds one or looks at it.
+        mask = self._ready_masks.get(call.tokens.device)
+        if mask is None:
+            mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=call.tokens.device)
+            self._ready_masks[call.tokens.device] = mask
+        position = self.names.index("attention_mask")
+        if position < len(args):
+            return (*args[:position], mask, *args[position + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+    def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        tokens = ("input_ids", "inputs_embeds", "hidden_states")
+        return _Call(
+            given,
+            next((given[n] for n in structure.CACHE_NAMES if given.get(n) is not None), None),
+            given.get("attention_mask"),
+            next(given[name] for name in tokens if given.get(name) is not None),
+        )
+
+    def _plan(self, call: _Call) -> bool:
+        """Plans a forward pass. Returns whether every layer runs absorbed."""
+        control = self.controller
+        held = getattr(call.cache, "layers", [])
+        held = {index: held[index] for index in self.layers if index < len(held)}
+        rows = _rows_of(held)
+        length = rows.length if rows else _length_of(held)
+        reason = self._obstacle(call, held, length)
+        if length and self._wants_gradients():
+            reason = reason or "gradients are wanted (it is not under torch.no_grad())"
+            rows = _give_back(call.cache, rows)
+        if not length:
+            self._recheck_weights()
+        elif call.s_q > control.max_s_q:
+            control.kind = "long chunk"
+        absorbed = bool(length) and not reason and call.s_q <= control.max_s_q
+        mask, unknown = call.mask, ""
+        if absorbed or rows:
+            mask, unknown = _padding(call, length, rows)
+        if absorbed and unknown:
+            absorbed, reason = False, unknown
+        if absorbed:
+            self._make_ready(held)
+            able = [
+                i
+                for i in held
+                if not self.layers[i]._flash_mla.obstacle and not _is_unused(held[i])
+            ]
+            left = _cache.adopt(call.cache, able, None if mask is KEEP else mask, control.max_pages)
+            for index, why in left.items():
+                self.layers[index]._flash_mla.obstacle = why
+            held = {index: call.cache.layers[index] for index in held}
+            rows = _rows_of(held)
+        if rows:
+            if rows.batch != call.b:
+                raise ValueError(
+                    f"flash_mla: {call.b} rows of tokens, the cache holds {rows.batch}"
+                )
+            rows.begin(call.s_q, mask, absorbed)
+            for index, layer in held.items():
+                if type(layer) is LatentLayer:
+                    layer.absorbs = not self.layers[index]._flash_mla.obstacle
+        if reason:
+            control.fall_back(reason)
+        if not absorbed:
+            return False
+        control.kind = "fallback"  # of the layers that cannot
+        obstacles = {self.layers[index]._flash_mla.obstacle for index in held} - {""}
+        for obstacle in sorted(obstacles):
+            control.warn(obstacle)
+        return rows is not None and not obstacles
+
+    def _obstacle(self, call: _Call, held: dict[int, Any], length: int) -> str:
+        """Why a call cannot run absorbed, as far as its arguments tell."""
+        cache = call.cache
+        if self.module.training:
+            return "the model is in training mode"
+        for layer in held.values():
+            if type(layer) not in (DynamicLayer, LatentLayer):
+                return f"the cache has a {type(layer).__name__}, wanted a DynamicLayer"
+        if getattr(cache, "offloading", False):
+            return "the cache is offloaded"
+        if held and type(cache).get_mask_sizes is not Cache.get_mask_sizes:
+            return f"the cache is a {type(cache).__name__}"
+        attentions = getattr(self.module.config, "output_attentions", False)
+        if length and call.arguments.get("output_attentions", attentions):
+            return "output_attentions is set"
+        return ""
+
+    def _wants_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            parameter.requires_grad
+            for module in self.layers.values()
+            for parameter in module.parameters()
+        )
+
+    def _recheck_weights(self) -> None:
+        for module in self.layers.values():
+            module._flash_mla.weights.recheck(module.kv_b_proj)
+
+    def _make_ready(self, held: dict[int, Any]) -> None:
+        """Gets each layer's absorbed weights, or says why there are none."""
+        for index, cached in held.items():
+            module = self.layers[index]
+            layer = module._flash_mla
+            if type(cached) is LatentLayer:
+                dtype, device = cached.dtype, cached.device
+            elif _is_unused(cached):
+                continue
+            else:
+                dtype, device = cached.keys.dtype, cached.keys.device
+            layer.obstacle = _device_obstacle(dtype, device)
+            if layer.obstacle:
+                continue
+            try:
+                layer.ready = layer.weights.get(module.kv_b_proj, dtype, device)
+            except NotAbsorbable as refusal:
+                layer.obstacle = str(refusal)
+
+
+def _rows_of(held: dict[int, Any]) -> Any:
+    return next((layer.rows for layer in held.values() if type(layer) is LatentLayer), None)
+
+
+def _length_of(held: dict[int, Any]) -> int:
+    lengths = (layer.get_seq_length() for layer in held.values() if type(layer) is DynamicLayer)
+    return max(lengths, default=0)
+
+
+def _is_unused(cached: Any) -> bool:
+    """A layer of the cache that was never called, as when a model exits early."""
+    return type(cached) is DynamicLayer and not cached.is_initialized
+
+
+def _give_back(cache: Any, rows: Any) -> None:
+    """Moves latents out of pages: gradients flow through a `DynamicLayer`'s tensors."""
+    if rows is None:
+        return
+    if rows.real is not None:
+        raise RuntimeError(
+            "flash_mla: gradients are wanted of a cache whose padding was not kept; call it under torch.no_grad(), or "
+            "disable(model) before the first call"
+        )
+    _cache.release(cache)
+
+
+def _padding(call: _Call, length: int, rows: Any) -> tuple[Any, str]:
+    """The mask for `LatentRows.begin`, and why a step with this mask cannot run absorbed."""
+    mask = call.mask
+    if mask is None:
+        return None, ""
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if mask.shape[1] >= length + call.s_q:
+            return mask, ""
+        reason = "the attention_mask is shorter than what is cached"
+        visible = mask.ne(0)[:, None, None, :]
+    else:
+        reason = "the attention mask is more than causal with padding"
+        visible = masks.visible_of(mask)
+        padding = masks.padding_of(visible, call.b, call.s_q, length)
+        if padding is not None:
+            return padding, ""
+    if rows is not None and rows.real is not None:
+        if visible is None or masks.sees(visible, rows.real.eq(0)):
+            raise ValueError(
+                "flash_mla: the attention mask asks for tokens that an earlier one called padding; those are not cached"
+            )
+    return KEEP, reason
+
+
+@functools.cache
+def _device_obstacle(dtype: torch.dtype, device: torch.device) -> str:
+    dtypes = _DTYPES.get(device.type)
+    if dtypes is None:
+        return f"the model is on {device}"
+    if dtype not in dtypes:
+        names = ", ".join(str(name).removeprefix("torch.") for name in dtypes)
+        return f"the latents are {str(dtype).removeprefix('torch.')} on {device}, wanted {names}"
+    if device.type == "cuda":
+        for found in flash_mla.info()["devices"]:
+            if found["index"] == (device.index or 0):
+                return "" if found["supported"] else found["why_not"]
+        return f"this build cannot use {device}"
+    return ""

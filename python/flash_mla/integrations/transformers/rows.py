@@ -1,0 +1,469 @@
+"""What the rows of a batch hold of a paged cache: pages, tokens and padding, once for all layers of a model.
+
+A model calls its cache layer by layer, and every layer sees the same tokens. So pages, lengths and
+padding are kept here once, and the layers follow: the first layer that is told of an operation
+carries it out, the others check that they are told the same. A forward pass is planned before its
+first layer runs (`begin`), so that whatever can fail fails there, with nothing changed.
+
+The length of a row is the padded one, as the model counts it; its pages hold real tokens only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import flash_mla
+from flash_mla.pages import Pages
+
+if TYPE_CHECKING:
+    from .cache import LatentLayer
+
+PAGE_SIZE = 64  # what a GPU decodes
+_GROWTH = 1.25  # pages beyond those needed that a growing pool takes, so that growing is rare
+
+
+@dataclasses.dataclass
+class Step:
+    """One forward pass, as the layers need to know it."""
+
+    s_q: int
+    absorbed: bool  # layers hand out the new latents alone; else all of them, gathered
+    first: bool  # nothing was cached before
+    moves: list[tuple[int, int, int]]  # (from slot, to slot, tokens), to be made before appending
+
+
+@dataclasses.dataclass
+class StepTensors:
+    """The same on a device."""
+
+    clock: int
+    table: torch.Tensor  # (b, max_pages) int32
+    lengths: torch.Tensor  # (b,) int32, with the step's tokens
+    slots: torch.Tensor  # (b * s_q,) int64, -1 for padding
+    metadata: Any  # what get_mla_metadata returned first
+    moves: tuple[torch.Tensor, torch.Tensor] | None  # slots (n,) int64 from and to
+    # (b * s_q,) int64: the new tokens of each row, padding first; None where it is first already. In this
+    # order the kernel's causal mask, which counts from the last key, is the right one for real tokens.
+    order: torch.Tensor | None
+
+
+@dataclasses.dataclass
+class _Undo:
+    """What takes the rows back to before the step."""
+
+    length: int
+    tokens: list[int]
+    real: torch.Tensor | None
+    pages: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    taken: list[int] = dataclasses.field(default_factory=list)
+    dropped: list[int] = dataclasses.field(default_factory=list)  # released once the step is done
+
+
+@dataclasses.dataclass
+class _Change:
+    """What a step's attention mask says."""
+
+    counts: list[int] | None = None  # real tokens among the new ones, by row; None: all are
+    new: torch.Tensor | None = None  # (b, s_q) bool on the CPU: which ones; None: all
+    kept: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # row -> cached tokens
+    real: torch.Tensor | None = None  # (b, length + s_q): the mask to remember; None: all real
+
+
+KEEP = (
+    object()
+)  # as a mask: nothing is known about padding; what is cached stays, all that is new is real
+
+
+class LatentRows:
+    """Pages, tokens and padding of `batch` rows.
+
+    Args:
+        batch: rows.
+        max_pages: pages of 64 tokens that they may use together, None for no limit.
+    """
+
+    def __init__(self, batch: int, max_pages: int | None = None) -> None:
+        self.max_pages = max_pages
+        self.layers: list[LatentLayer] = []
+        self.pool = Pages(0)
+        self.pages: list[list[int]] = [[] for _ in range(batch)]
+        self.tokens = [0] * batch
+        self.real: torch.Tensor | None = None  # (b, length) as the model got it; None: no padding
+        self.clock = 0  # operations so far; a layer that lags has not been told of the last one
+        self.step: Step | None = None
+        self._length = 0
+        self._pending = 0  # layers that have not been told yet
+        self._operation: tuple[str, Any] = ("", None)
+        self._undo: _Undo | None = None
+        self._new: torch.Tensor | None = None
+        self._advances = False
+        self._table = torch.zeros((batch, 0), dtype=torch.int32, device="cpu")
+        self._table_version = 0
+        self._tensors: dict[torch.device, StepTensors] = {}
+        self._tables: dict[torch.device, tuple[int, torch.Tensor]] = {}  # by version
+        self._padded: dict[torch.device, tuple[int, torch.Tensor]] = {}  # by clock
+
+    @property
+    def batch(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Padded tokens. A step counts when its last layer has run."""
+        return self._undo.length if self._undo and self._pending else self._length
+
+    @property
+    def used_pages(self) -> int:
+        return self.pool.used
+
+    # Steps
+
+    def begin(self, s_q: int, mask: Any = None, absorbed: bool = False) -> Step:
+        """Plans a forward pass over s_q new tokens.
+
+        Args:
+            s_q: new tokens of each row, with padding.
+            mask: (b, length + s_q or more), 0 for padding; None when there is none. KEEP when
+                nothing is known.
+            absorbed: whether layers may keep what is cached to themselves.
+
+        On a GPU a mask costs one synchronisation, no mask none.
+
+        Raises MemoryError when pages or memory run out, ValueError for a mask that asks for tokens
+        which are not cached. Nothing has changed then.
+        """
+        self._settle()
+        change = self._read(mask, s_q)
+        undo = _Undo(self._length, list(self.tokens), self.real)
+        self._undo = undo
+        try:
+            moves = self._make_room(change, s_q)
+            for layer in self.layers:
+                layer.reserve(len(self.pool))
+        except BaseException:
+            self._roll_back()
+            raise
+        # One token more in the last page of each row, after one token more: see tensors().
+        self._advances = (
+            s_q == 1
+            and change.new is None
+            and not undo.pages
+            and self._operation[0] == "step"
+            and self.step.s_q == 1
+            and self._new is None
+        )
+        self.step = Step(
+            s_q,
+            absorbed=absorbed,
+            first=undo.length == 0,
+            moves=moves,
+        )
+        self._new = change.new
+        self._length += s_q
+        self.real = change.real
+        self._tell("step", None)
+        return self.step
+
+    def _read(self, mask: Any, s_q: int) -> _Change:
+        if mask is KEEP:
+            real = self.real
+            return _Change(real=None if real is None else _continued(real, s_q))
+        if mask is None:
+            if self.real is not None:
+                raise ValueError(
+                    "flash_mla: the cache holds no padding, and there is some by the attention_mask of earlier calls: "
+                    "pass an attention_mask"
+                )
+            return _Change()
+        width = self._length + s_q
+        if mask.shape[0] != self.batch:
+            raise ValueError(
+                f"flash_mla: attention_mask has {mask.shape[0]} rows, the cache {self.batch}"
+            )
+        mask = mask[:, :width]
+        # One comparison, on the device, with what nearly every step has: no change, no new padding.
+        if self.real is None:
+            if bool(mask.all()):
+                return _Change()
+        elif torch.equal(mask, _continued(self.real.to(mask), s_q)):
+            return _Change(real=mask)
+        return self._read_slowly(mask, s_q)
+
+    def _read_slowly(self, mask: torch.Tensor, s_q: int) -> _Change:
+        wanted = mask.ne(0).to("cpu")
+        old, new = wanted[:, : self._length], wanted[:, self._length :]
+        stored = torch.ones_like(old) if self.real is None else self.real.ne(0).to("cpu")
+        if bool((old & ~stored).any()):
+            raise ValueError(
+                "flash_mla: the attention_mask asks for tokens that it called padding before; those are not cached"
+            )
+        change = _Change(
+            counts=new.sum(1).tolist(),
+            new=new,
+            real=None if bool(wanted.all()) else mask,
+        )
+        for row in (stored & ~old).any(1).nonzero().flatten().tolist():
+            change.kept[row] = old[row][stored[row]].nonzero().flatten().tolist()
+        return change
+
+    def _make_room(self, change: _Change, s_q: int) -> list[tuple[int, int, int]]:
+        moves: list[tuple[int, int, int]] = []
+        for row, kept in change.kept.items():
+            moves += self._compact(row, kept)
+        shared = self.pool.any_shared
+        for row, tokens in enumerate(self.tokens):
+            count = s_q if change.counts is None else change.counts[row]
+            if shared or tokens + count > len(self.pages[row]) * PAGE_SIZE:
+                moves += self._extend(row, count)
+            self.tokens[row] += count
+        return moves
+
+    def _extend(self, row: int, count: int) -> list[tuple[int, int, int]]:
+        """Room for `count` more tokens of a row; a last page that others own too is copied first."""
+        pages, tokens = self.pages[row], self.tokens[row]
+        copied = bool(count and tokens % PAGE_SIZE) and self.pool.is_shared(pages[-1])
+        added = -(-(tokens + count) // PAGE_SIZE) - len(pages)
+        if not copied and not added:
+            return []
+        taken = self._take(added + copied)
+        if not copied:
+            self._set_pages(row, pages + taken)
+            return []
+        self._set_pages(row, pages[:-1] + taken)
+        self._drop(pages[-1:])
+        return [(pages[-1] * PAGE_SIZE, taken[0] * PAGE_SIZE, tokens % PAGE_SIZE)]
+
+    def _compact(self, row: int, kept: list[int]) -> list[tuple[int, int, int]]:
+        """Takes tokens out of a row: those after the first one that goes move to other pages."""
+        pages = self.pages[row]
+        gone = next((i for i, token in enumerate(kept) if i != token), len(kept))
+        head = gone // PAGE_SIZE  # pages that stay as they are
+        taken = self._take(-(-len(kept) // PAGE_SIZE) - head)
+        renewed = pages[:head] + taken
+        moves = [
+            (_slot(pages, kept[i]), _slot(renewed, i), 1)
+            for i in range(head * PAGE_SIZE, len(kept))
+        ]
+        self._set_pages(row, renewed)
+        self._drop(pages[head:])
+        self.tokens[row] = len(kept)
+        return moves
+
+    def _take(self, count: int) -> list[int]:
+        used, have = self.pool.used, len(self.pool)
+        if count > self.pool.free:
+            wanted = used + count
+            if self.max_pages is not None and wanted > self.max_pages:
+                raise MemoryError(
+                    f"flash_mla: out of pages: a row needs {count} more, {self.max_pages - used} of {self.max_pages} are "
+                    f"free (pages of {PAGE_SIZE} tokens; max_pages of enable() sets their number)"
+                )
+            wanted = max(wanted, int(have * _GROWTH), have + self.batch)
+            self.pool.enlarge(min(wanted, self.max_pages or wanted))
+        taken = self.pool.take(count)
+        if self._undo:
+            self._undo.taken += taken
+        return taken
+
+    def _drop(self, pages: list[int]) -> None:
+        self._undo.dropped += pages
+
+    def _set_pages(self, row: int, pages: list[int]) -> None:
+        if self._undo:
+            self._undo.pages.setdefault(row, self.pages[row])
+        self.pages[row] = pages
+        self._write_table(row)
+
+    def _write_table(self, row: int) -> None:
+        pages, width = self.pages[row], self._table.shape[1]
+        if len(pages) > width:
+            wider = max(len(pages), int(width * _GROWTH) + 1)
+            self._table = torch.nn.functional.pad(self._table, (0, wider - width))
+        self._table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
+        self._table_version += 1
+
+    def _settle(self) -> None:
+        """Ends the last operation: a step that an exception cut short is taken back."""
+        if self._pending:
+            if self._operation[0] != "step":
+                raise RuntimeError(
+                    f"flash_mla: {self._pending} cache layers were not told of {self._operation[0]}; all must be"
+                )
+            self._roll_back()
+            self.clock -= 1
+            for layer in self.layers:
+                layer.clock = self.clock
+            self._pending = 0
+            self._operation = ("", None)
+        elif self._undo:
+            self.pool.release(self._undo.dropped)
+            self._undo = None
+
+    def _roll_back(self) -> None:
+        undo, self._undo = self._undo, None
+        self._length, self.tokens, self.real = undo.length, undo.tokens, undo.real
+        for row, pages in undo.pages.items():
+            self.pages[row] = pages
+            self._write_table(row)
+        self.pool.release(undo.taken)
+        self._tensors.clear()
+        self._padded.clear()
+
+    # What layers call
+
+    def follow(self, layer: LatentLayer, name: str, argument: Any, do: Callable[[], None]) -> None:
+        """Carries out an operation that all layers are told of in turn: the first to come does it."""
+        if layer.clock == self.clock:
+            self._settle()
+            do()
+            self._tell(name, argument)
+        elif not (
+            self._operation[0] == name
+            and (
+                self._operation[1] is argument
+                or (isinstance(argument, int) and self._operation[1] == argument)
+            )
+        ):
+            raise RuntimeError(
+                f"flash_mla: a cache layer was told to {name} where others were told to {self._operation[0]}"
+            )
+        self.passed(layer)
+
+    def passed(self, layer: LatentLayer) -> None:
+        """A layer has carried out the last operation."""
+        layer.clock += 1
+        self._pending -= 1
+
+    def _tell(self, name: str, argument: Any) -> None:
+        self.clock += 1
+        self._pending = len(self.layers)
+        self._operation = (name, argument)
+
+    def started(self) -> None:
+        """Ends the step that fills new rows, before there are layers that follow."""
+        self._pending = 0
+        self._settle()
+
+    # Operations on rows
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Row i becomes the row indices[i]; rows that come several times share their pages."""
+        counts = [0] * self.batch
+        for index in indices:
+            counts[index] += 1
+        for pages, count in zip(self.pages, counts, strict=True):
+            if count == 0:
+                self.pool.release(pages)
+            for _ in range(count - 1):
+                self.pool.share(pages)
+        self.pages = [list(self.pages[index]) for index in indices]
+        self.tokens = [self.tokens[index] for index in indices]
+        order = torch.tensor(indices, dtype=torch.int64, device="cpu")
+        self._table = self._table[order]
+        self._table_version += 1
+        if self.real is not None:
+            self.real = self.real[order.to(self.real.device)]
+
+    def crop(self, count: int) -> None:
+        """Takes off the last `count` padded tokens."""
+        count = min(count, self._length)
+        kept = self._length - count
+        cut = [count] * self.batch
+        if self.real is not None:
+            cut = self.real[:, kept:].ne(0).sum(1).tolist()
+            self.real = self.real[:, :kept]
+        self._length = kept
+        for row, tokens in enumerate(cut):
+            self.tokens[row] -= tokens
+            needed = -(-self.tokens[row] // PAGE_SIZE)
+            self.pool.release(self.pages[row][needed:])
+            self.pages[row] = self.pages[row][:needed]
+
+    # On a device
+
+    def tensors(self, device: torch.device) -> StepTensors:
+        """The current step's tensors; made once a step, for all layers."""
+        held = self._tensors.get(device)
+        if held is not None and held.clock == self.clock:
+            return held
+        metadata, _ = flash_mla.get_mla_metadata()
+        # Ordinary tensors even under inference_mode: they outlive it.
+        with torch.inference_mode(False):
+            table = self._table_on(device)
+            if held is not None and self._advances and held.clock == self.clock - 1:
+                # One more token in each last page: no upload.
+                lengths, slots = held.lengths + 1, held.slots + 1
+            else:
+                lengths = torch.tensor(self.tokens, dtype=torch.int32, device="cpu").to(device)
+                slots = self._new_slots().to(device)
+            moves, order = self._moves(device), self._order(device)
+        made = StepTensors(self.clock, table, lengths, slots, metadata, moves, order)
+        self._tensors[device] = made
+        return made
+
+    def _table_on(self, device: torch.device) -> torch.Tensor:
+        version, table = self._tables.get(device, (-1, None))
+        if version != self._table_version:
+            table = self._table.to(device, copy=True)
+            self._tables[device] = self._table_version, table
+        return table
+
+    def _new_slots(self) -> torch.Tensor:
+        """Where the step's tokens go, (b * s_q,) int64 on the CPU."""
+        s_q, new = self.step.s_q, self._new
+        if new is None:
+            new = torch.ones((self.batch, s_q), dtype=torch.bool, device="cpu")
+        last = torch.tensor(self.tokens, dtype=torch.int64, device="cpu")[:, None]
+        token = last - new.sum(1, keepdim=True) + new.cumsum(1) - 1
+        return torch.where(new, self._slots_of(token, self._table), -1).flatten()
+
+    def _slots_of(self, token: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        token = token.clamp(min=0)
+        if not table.shape[1]:
+            return token
+        page = table.long().gather(1, token // PAGE_SIZE)
+        return page * PAGE_SIZE + token % PAGE_SIZE
+
+    def _moves(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.step.moves:
+            return None
+        both = [
+            [slot for move in self.step.moves for slot in range(move[end], move[end] + move[2])]
+            for end in (0, 1)
+        ]
+        source, target = torch.tensor(both, dtype=torch.int64, device="cpu").to(device)
+        return source, target
+
+    def _order(self, device: torch.device) -> torch.Tensor | None:
+        new = self._new
+        if new is None or not bool((new[:, :-1] & ~new[:, 1:]).any()):
+            return None
+        first = torch.arange(self.batch, device="cpu")[:, None] * self.step.s_q
+        return (new.byte().argsort(dim=1, stable=True) + first).flatten().to(device)
+
+    def padded_slots(self, device: torch.device) -> torch.Tensor:
+        """Where each padded token is, (b, length) int64; -1 for padding."""
+        clock, slots = self._padded.get(device, (-1, None))
+        if clock != self.clock:
+            with torch.inference_mode(False):
+                if self.real is None:
+                    real = torch.ones((self.batch, self._length), dtype=torch.bool, device=device)
+                else:
+                    real = self.real.to(device).ne(0)
+                token = real.cumsum(1) - 1
+                slots = torch.where(real, self._slots_of(token, self._table_on(device)), -1)
+            self._padded[device] = self.clock, slots
+        return slots
+
+
+def _continued(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """The mask with `count` more tokens, all real."""
+    return torch.nn.functional.pad(mask, (0, count), value=1)
+
+
+def _slot(pages: list[int], token: int) -> int:
+    return pages[token // PAGE_SIZE] * PAGE_SIZE + token % PAGE_SIZE
