@@ -122,8 +122,8 @@ def write(file, document):
 
 
 def results():
-    """(file, contents) of every file in bench/results, oldest first."""
-    pairs = [(file, read(file)) for file in RESULTS.glob("*.json")]
+    """(file, contents) of every file of kernel timings in bench/results, oldest first."""
+    pairs = [(file, read(file)) for file in RESULTS.glob("[0-9]*.json")]
     return sorted(pairs, key=lambda pair: (pair[1]["date"], pair[0].name))
 
 

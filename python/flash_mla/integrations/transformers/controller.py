@@ -166,10 +166,11 @@ class Decoder:
                 for i in held
                 if not self.layers[i]._flash_mla.obstacle and not _is_unused(held[i])
             ]
+            present, held = list(held), {}  # what is moved into pages must be free to go
             left = _cache.adopt(call.cache, able, None if mask is KEEP else mask, control.max_pages)
             for index, why in left.items():
                 self.layers[index]._flash_mla.obstacle = why
-            held = {index: call.cache.layers[index] for index in held}
+            held = {index: call.cache.layers[index] for index in present}
             rows = _rows_of(held)
         if rows:
             if rows.batch != call.b:

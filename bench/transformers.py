@@ -1,0 +1,354 @@
+"""Measures what flash_mla.integrations.transformers is worth: the model's own attention beside ours, in one run.
+
+    PYTHONPATH=python python3 bench/transformers.py [--out FILE] [--build FOLDER] [--rows PATTERN] [--smoke]
+
+Writes bench/results/transformers-<date>-<gpu>.json, after every row. Weights and latents are random. bench/README.md tells the
+method. `--smoke` runs every row with tiny sizes, on the CPU where there is no GPU, to see that it works.
+"""
+
+import argparse
+import datetime
+import gc
+import re
+import sys
+import traceback
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+# This file is called like what it imports: its own folder must not be searched.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != BENCH]
+sys.path[:0] = [str(BENCH.parent / "tools"), str(BENCH.parent / "python")]
+
+import ledger  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import flash_mla  # noqa: E402
+import flash_mla.integrations.transformers as hf  # noqa: E402
+from flash_mla.cli import measure, random_models  # noqa: E402
+
+OWN = ("sdpa", "eager")  # the model's own attention, of which the faster one counts
+V3_LAYER, V3_DENSE, LITE = "v3-layer", "v3-dense", "v2-lite"
+SWEEP = (128, 1024, 4096, 8192, 16384, 32768)
+
+
+class Sizes:
+    """What is measured: the published geometries, or tiny ones."""
+
+    def __init__(self, smoke):
+        self.smoke = smoke
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16
+        tiny = {
+            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128,
+            "intermediate_size": 64, "moe_intermediate_size": 32,
+        }  # fmt: skip
+        self.changes = tiny if smoke else {}
+        self.context = 100 if smoke else 8192
+        self.sweep = (10, 100, 200) if smoke else SWEEP
+        self.lite_layers = 2 if smoke else 27
+        self.tokens = 8 if smoke else 40
+        self.ms = 5.0 if smoke else 100.0
+
+
+def clear():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def allocated(peak=False):
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+# One attention layer
+
+
+class Layer:
+    """A DeepSeek-V3 attention layer with a cache of `context` random latents, called with one token of each row."""
+
+    def __init__(self, sizes, b, attention):
+        from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
+
+        self.config = random_models.config_of("v3", **sizes.changes)
+        self.config._attn_implementation = attention
+        self.b, self.context = b, sizes.context
+        torch.manual_seed(0)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(sizes.dtype)
+        with torch.device(sizes.device), torch.no_grad():
+            self.module = modeling.DeepseekV3Attention(self.config, 0).eval()
+            for parameter in self.module.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=parameter.shape[1] ** -0.5)
+            self.hidden = torch.randn(b, 1, self.config.hidden_size)
+            self.latents = [torch.randn(b, 1, self.context, width) for width in (512, 64)]
+        torch.set_default_dtype(default)
+        rotary = modeling.DeepseekV3RotaryEmbedding(self.config).to(sizes.device)
+        positions = torch.full((1, 1), self.context, device=sizes.device)
+        self.positions = rotary(self.hidden, positions)
+
+    def fresh(self):
+        """A call that goes on with its own cache."""
+        cache = transformers.DynamicCache()
+        cache.update(*self.latents, 0)
+        return lambda: self.module(self.hidden, self.positions, None, cache)[0]
+
+
+def time_call(layer, sizes):
+    """{us, us_spread: of CUDA-graph replays; us_eager: of eager calls; temporary_bytes} of a layer's call."""
+    timed = {}
+    if sizes.device == "cuda":
+        timed["us"], timed["us_spread"] = measure.graph_time(layer.fresh(), sizes.ms)
+        clear()
+        timed["us_eager"] = eager_time(layer.fresh())
+    else:
+        timed["us"], timed["us_spread"] = measure.host_clock_time(layer.fresh(), sizes.ms)
+        timed["us_eager"] = timed["us"]
+    clear()
+    call = layer.fresh()
+    for _ in range(2):  # the first step turns the cache into pages
+        call()
+    clear()
+    before = allocated()
+    call()
+    timed["temporary_bytes"] = allocated(peak=True) - before
+    clear()
+    return timed
+
+
+def eager_time(call, calls=10, batches=5):
+    """Microseconds of a call among others, with all that the host does for it."""
+    import statistics
+    import time
+
+    times = []
+    for _ in range(batches + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(times[1:])
+
+
+@torch.no_grad()
+def measure_layer(sizes, b):
+    row = {"name": f"{V3_LAYER}-b{b}", "b": b, "context": sizes.context, "own": {}}
+    outputs = {}
+    for attention in OWN:
+        layer = Layer(sizes, b, attention)
+        try:
+            row["own"][attention] = time_call(layer, sizes)
+            outputs[attention] = layer.fresh()()
+        except torch.OutOfMemoryError as error:
+            row["own"][attention] = {"failure": str(error).splitlines()[0]}
+        del layer
+        clear()
+    layer = Layer(sizes, b, OWN[0])
+    hf.enable(layer.module)
+    row["ours"] = time_call(layer, sizes)
+    got = layer.fresh()()
+    row["error"] = measure.relative_error(got, outputs[OWN[0]].float())
+    calls = hf.info(layer.module).calls
+    if not calls["absorbed"] or calls["fallback"]:
+        raise RuntimeError(f"not absorbed: {hf.info(layer.module)}")
+    own = {name: timed for name, timed in row["own"].items() if "us" in timed}
+    row["best_own"] = min(own, key=lambda name: own[name]["us"])
+    best = own[row["best_own"]]
+    row["ratio"] = best["us"] / row["ours"]["us"]
+    row["ratio_eager"] = best["us_eager"] / row["ours"]["us_eager"]
+    return row
+
+
+# Whole models
+
+
+def generate(model, sizes, b, context, tokens):
+    """Decodes with generate() from a cache that holds `context` random latents: {ms_per_step, tokens_per_second,
+    peak_bytes (beyond the weights), cache_bytes, cache_tokens}."""
+    clear()
+    before = allocated()
+    cache = random_models.filled_cache(model, b, context)
+    ids = torch.ones((b, context + 1), dtype=torch.long, device=sizes.device)
+    clock = random_models.StepClock(sizes.device)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        logits_processor=[clock],
+        **{random_models.cache_argument(): cache},
+    )
+    clock.stop()
+    measured = {
+        "ms_per_step": clock.ms_per_step,
+        "tokens_per_second": b * 1e3 / clock.ms_per_step,
+        "peak_bytes": allocated(peak=True) - before,
+        "cache_bytes": random_models.cache_bytes(cache),
+        "cache_tokens": b * cache.get_seq_length(),
+    }
+    del cache
+    clear()
+    return measured
+
+
+def measure_model(model, sizes, name, b, context, tokens=None):
+    """A row of a whole model: its own attention and ours, each after a short run to warm up."""
+    row = {"name": name, "b": b, "context": context, "layers": model.config.num_hidden_layers}
+    tokens = tokens or sizes.tokens
+    hf.disable(model)
+    generate(model, sizes, b, min(context, 64), 4)
+    try:
+        row["own"] = generate(model, sizes, b, context, tokens)
+    except torch.OutOfMemoryError as error:
+        row["own"] = {"failure": str(error).splitlines()[0]}
+        clear()
+    hf.enable(model)
+    generate(model, sizes, b, min(context, 64), 4)
+    hf.enable(model)
+    row["ours"] = generate(model, sizes, b, context, tokens)
+    calls = hf.info(model).calls
+    if not calls["absorbed"] or calls["fallback"]:
+        raise RuntimeError(f"not absorbed: {hf.info(model)}")
+    hf.disable(model)
+    if "tokens_per_second" in row["own"]:
+        row["ratio"] = row["ours"]["tokens_per_second"] / row["own"]["tokens_per_second"]
+    return row
+
+
+def cache_row(row, model):
+    """Bytes per token and layer of the cache that a row measured, and of an MHA cache of the same model."""
+    config, measured = model.config, row["ours"]
+    heads, nope, rope = (
+        config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+    )  # fmt: skip
+    layers, itemsize = config.num_hidden_layers, 2
+    mha = layers * heads * (nope + rope + config.v_head_dim) * itemsize
+    bytes_per_token = measured["cache_bytes"] / measured["cache_tokens"]
+    return {
+        "name": f"cache-{row['name']}",
+        "layers": layers,
+        "heads": heads,
+        "bytes_per_token": bytes_per_token,
+        "bytes_per_token_formula": layers * (config.kv_lora_rank + rope) * itemsize,
+        "mha_bytes_per_token": mha,
+        "mha_formula": "layers * heads * (d_nope + d_rope + d_v) * 2",
+        "reduction": 1 - bytes_per_token / mha,
+    }
+
+
+def rows(sizes, wanted):
+    """The rows, one after the other, as functions of nothing."""
+
+    def all_rows():
+        for b in (1, 16):
+            yield f"{V3_LAYER}-b{b}", lambda b=b: [measure_layer(sizes, b)]
+        yield V3_DENSE, lambda: v3_dense(sizes)
+        yield LITE, lambda: v2_lite(sizes)
+
+    for name, measure_row in all_rows():
+        if re.search(wanted, name):
+            yield name, measure_row
+
+
+def v3_dense(sizes):
+    config = random_models.config_of("v3", 3, **sizes.changes)
+    model = random_models.build(config, sizes.device, sizes.dtype, OWN[0])
+    row = measure_model(model, sizes, f"{V3_DENSE}-b16-{sizes.context}", 16, sizes.context)
+    yield row
+    yield cache_row(row, model)
+
+
+def v2_lite(sizes):
+    config = random_models.config_of("deepseek-v2-lite", sizes.lite_layers, **sizes.changes)
+    model = random_models.build(config, sizes.device, sizes.dtype, OWN[0])
+    yield measure_model(model, sizes, f"{LITE}-b8-{sizes.sweep[0]}", 8, sizes.sweep[0])
+    tokens = max(sizes.tokens // 2, 6)
+    for context in sizes.sweep[::-1]:  # the longest first: it is the one that is judged
+        row = measure_model(model, sizes, f"{LITE}-b16-{context}", 16, context, tokens)
+        yield row
+        if context == max(sizes.sweep):
+            yield cache_row(row, model)
+
+
+def header(args, sizes):
+    """What every result file says first."""
+    if sizes.device == "cpu":
+        facts = measure.machine("cpu")
+        facts |= {"toolkit": "", "digest": ""}
+    else:
+        name, driver, _ = ledger.gpu()
+        builds = (
+            [args.build] if args.build else [BENCH.parent / "build" / n for n in ("gpu", "make")]
+        )
+        stamp = next(filter(None, map(ledger.read_stamp, builds)), None)
+        stamp = stamp or {"toolkit": "", "digest": ledger.digest(ledger.toolkit_version())}
+        cuda = ".".join(stamp["toolkit"].split(".")[:2]) or torch.version.cuda
+        facts = {"gpu": name, "driver": driver, "cuda": cuda, "torch": torch.__version__, **stamp}
+    facts |= {"transformers": transformers.__version__, "flash_mla": flash_mla.__version__}
+    facts |= {"date": datetime.date.today().isoformat(), "smoke": sizes.smoke, "rows": []}
+    return facts
+
+
+def line(row):
+    """One line of progress."""
+    if "failure" in row:
+        return f"{row['name']:28} FAILED: {row['failure']}"
+    if "reduction" in row:
+        return f"{row['name']:28} {row['bytes_per_token']:.0f} bytes a token, MHA {row['mha_bytes_per_token']}"
+    head = f"{row['name']:28} context {row['context']:6}"
+    if "us" in row["ours"]:
+        own = "  ".join(
+            f"{name} {timed.get('us', float('nan')):.0f}" for name, timed in row["own"].items()
+        )
+        temporary = row["ours"]["temporary_bytes"] / 1e9
+        return (
+            f"{head}  ours {row['ours']['us']:.0f} us (eager {row['ours']['us_eager']:.0f}), own {own} us, ratio {row['ratio']:.1f} "
+            f"(eager {row['ratio_eager']:.1f}), temporary {temporary:.2f} GB, error {row['error']:.1e}"
+        )
+    own = row["own"].get("tokens_per_second", float("nan"))
+    return f"{head}  ours {row['ours']['tokens_per_second']:.0f} tokens/s, own {own:.0f}, ratio {row.get('ratio', float('nan')):.2f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, help="default bench/results/transformers-<date>-<gpu>.json"
+    )
+    parser.add_argument("--build", type=Path, help="the CMake build folder, for its stamp")
+    parser.add_argument("--rows", default="", help="only rows whose name matches this pattern")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
+    args = parser.parse_args()
+    sizes = Sizes(args.smoke)
+    if sizes.device == "cpu" and not args.smoke:
+        sys.exit("bench/transformers.py: a Hopper GPU is needed; on the CPU: --smoke")
+    transformers.logging.set_verbosity_error()
+    result = header(args, sizes)
+    slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
+    out = args.out or ledger.RESULTS / f"transformers-{result['date']}-{slug}.json"
+    failed = []
+    for name, measure_row in rows(sizes, args.rows):
+        try:
+            for row in measure_row():
+                result["rows"].append(row)
+                print(line(row), flush=True)
+                ledger.write(out, result)
+        except Exception as error:  # a row that fails must not cost the others
+            traceback.print_exc()
+            result["rows"].append({"name": name, "failure": f"{type(error).__name__}: {error}"})
+            ledger.write(out, result)
+            failed.append(name)
+        clear()
+    print(f"{len(result['rows'])} rows in {out}")
+    if failed:
+        sys.exit("bench/transformers.py: FAILED: " + ", ".join(failed))
+
+
+if __name__ == "__main__":
+    main()
