@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 def build_parser() -> argparse.ArgumentParser:
     # Here and not above: flash_mla.cli.measure must import where there is no rich.
-    from flash_mla.cli import bench, cache, check, demo, info
+    from flash_mla.cli import bench, cache, check, demo, generate, info
 
     parser = argparse.ArgumentParser(
         prog="flash-mla",
         description="Multi-head Latent Attention decoding on Hopper GPUs and CPUs.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (info, demo, check, bench, cache):
+    for command in (info, demo, check, bench, cache, generate):
         command.add_parser(subparsers)
     return parser
 
