@@ -32,10 +32,10 @@ export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.c')
 
-.PHONY: help demo test test-cpp test-python bench gpu-pack gpu-test gpu-bench ledger-check lint format build gpu-build readme clean
+.PHONY: help demo test test-cpp test-python bench gpu-pack gpu-test gpu-bench gpu-bench-transformers ledger-check lint format build gpu-build readme clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 15
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 24
 
 $(VENV)/.ready: tools/requirements.txt tools/make_venv.py
 	@$(PYTHON) tools/make_venv.py $(VENV)
@@ -97,6 +97,10 @@ gpu-test: gpu-build  ## run the GPU suites on a Hopper GPU and write tests/gpu-l
 
 gpu-bench: gpu-build  ## time ours and the peers on a Hopper GPU and write bench/results
 	$(PY) bench/run.py --build $(BUILD)
+	$(PY) tools/readme_table.py
+
+gpu-bench-transformers: gpu-build  ## time Transformers models with and without flash_mla on a Hopper GPU
+	$(PY) bench/transformers.py --build $(BUILD)
 	$(PY) tools/readme_table.py
 
 ledger-check:  ## fail when GPU code is newer than its last run on a GPU

@@ -10,6 +10,7 @@ import sys
 from html import escape
 
 import ledger
+import transformers_table
 
 ROOT = ledger.ROOT
 CASES = ROOT / "bench/cases/dense.json"
@@ -198,7 +199,12 @@ def documents():
         full.append(details(result, cases) + "\n")
     none = "No result has been committed yet: `make gpu-bench` on a Hopper GPU writes one."
     readme, page = ROOT / "README.md", ROOT / "docs/performance.md"
-    files[readme] = fill(readme.read_text(), "performance", "\n".join(short).strip() or none)
+    text = fill(readme.read_text(), "performance", "\n".join(short).strip() or none)
+    brief, long, plots = transformers_table.sections(slug)
+    files[readme] = fill(text, "transformers", brief)
+    files |= {ROOT / "docs" / name: contents for name, contents in plots.items()}
+    guide = ROOT / "docs/transformers.md"
+    files[guide] = fill(guide.read_text(), "transformers", long)
     text = fill(page.read_text(), "results", "\n".join(full).strip() or none)
     text = fill(text, "cpu", cpu_tables())
     files[page] = fill(text, "floors", floors(document))
