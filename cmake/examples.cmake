@@ -2,6 +2,8 @@
 if(NOT FLASH_MLA_INSTALL)
   message(FATAL_ERROR "flash_mla: FLASH_MLA_BUILD_EXAMPLES needs FLASH_MLA_INSTALL")
 endif()
+set(flash_mla_programs_c decode)
+set(flash_mla_programs_cpp decode,continuous_batching)
 foreach(language IN ITEMS c cpp)
   add_test(NAME example_${language}
     COMMAND ${CMAKE_COMMAND}
@@ -11,6 +13,7 @@ foreach(language IN ITEMS c cpp)
       -D GENERATOR=${CMAKE_GENERATOR}
       -D C_COMPILER=${CMAKE_C_COMPILER}
       -D CXX_COMPILER=${CMAKE_CXX_COMPILER}
+      -D PROGRAMS=${flash_mla_programs_${language}}
       -P ${CMAKE_CURRENT_SOURCE_DIR}/cmake/run_example.cmake)
   set_tests_properties(example_${language} PROPERTIES TIMEOUT 300)
 endforeach()

@@ -160,7 +160,14 @@ def test_forked_child() -> None:
     assert done.stdout.split() == ["0"], done.stderr
 
 
-@pytest.mark.parametrize("script", ["examples/python/decode.py", "tests/test_flash_mla.py"])
+SCRIPTS = [
+    "examples/python/decode.py",
+    "examples/continuous_batching.py",
+    "tests/test_flash_mla.py",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script(script: str) -> None:
     arguments = ["--quick"] if script.startswith("tests") else []
     folder = str(pathlib.Path(flash_mla.__file__).resolve().parents[1])

@@ -1,0 +1,1 @@
+python/continuous_batching.py
