@@ -398,8 +398,9 @@ class LatentRows:
                 # One more token in each last page: no upload.
                 lengths, slots = held.lengths + 1, held.slots + 1
             else:
-                lengths = torch.tensor(self.tokens, dtype=torch.int32, device="cpu").to(device)
-                slots = self._new_slots().to(device)
+                lengths = torch.tensor(self.tokens, dtype=torch.int32, device="cpu")
+                lengths = _upload(lengths, device)
+                slots = _upload(self._new_slots(), device)
             moves, order = self._moves(device), self._order(device)
         made = StepTensors(self.clock, table, lengths, slots, metadata, moves, order)
         self._tensors[device] = made
@@ -408,7 +409,7 @@ class LatentRows:
     def _table_on(self, device: torch.device) -> torch.Tensor:
         version, table = self._tables.get(device, (-1, None))
         if version != self._table_version:
-            table = self._table.to(device, copy=True)
+            table = _upload(self._table, device)
             self._tables[device] = self._table_version, table
         return table
 
@@ -435,7 +436,7 @@ class LatentRows:
             [slot for move in self.step.moves for slot in range(move[end], move[end] + move[2])]
             for end in (0, 1)
         ]
-        source, target = torch.tensor(both, dtype=torch.int64, device="cpu").to(device)
+        source, target = _upload(torch.tensor(both, dtype=torch.int64, device="cpu"), device)
         return source, target
 
     def _order(self, device: torch.device) -> torch.Tensor | None:
@@ -443,7 +444,7 @@ class LatentRows:
         if new is None or not bool((new[:, :-1] & ~new[:, 1:]).any()):
             return None
         first = torch.arange(self.batch, device="cpu")[:, None] * self.step.s_q
-        return (new.byte().argsort(dim=1, stable=True) + first).flatten().to(device)
+        return _upload((new.byte().argsort(dim=1, stable=True) + first).flatten(), device)
 
     def padded_slots(self, device: torch.device) -> torch.Tensor:
         """Where each padded token is, (b, length) int64; -1 for padding."""
@@ -458,6 +459,11 @@ class LatentRows:
                 slots = torch.where(real, self._slots_of(token, self._table_on(device)), -1)
             self._padded[device] = self.clock, slots
         return slots
+
+
+def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device. Pageable memory is read before the call returns, so nothing has to wait."""
+    return tensor.to(device, copy=True, non_blocking=True)
 
 
 def _continued(mask: torch.Tensor, count: int) -> torch.Tensor:
