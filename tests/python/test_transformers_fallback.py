@@ -279,17 +279,6 @@ def test_short_mask(model) -> None:
     )
 
 
-def test_static_cache(model) -> None:
-    ids = tokens(2, 10)
-
-    def run(model):
-        return model.generate(
-            ids, do_sample=False, max_new_tokens=12, cache_implementation="static"
-        )
-
-    expect(model, "the cache has a StaticLayer, wanted a DynamicLayer", run)
-
-
 @pytest.mark.cuda
 def test_offloaded_cache() -> None:
     model = build("deepseek_v3", torch.bfloat16, "cuda")

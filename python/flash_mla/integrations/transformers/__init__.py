@@ -47,8 +47,8 @@ class Report:
         taken: names of the attention layers that can run absorbed.
         left: why the others cannot, by name.
         max_s_q: new tokens up to which a step runs absorbed.
-        calls: calls of the taken layers: "absorbed"; "prefill" and "long chunk", which run the
-            model's own attention by design; "fallback".
+        calls: calls of the taken layers: "absorbed", inside compiled graphs too; "prefill" and
+            "long chunk", which run the model's own attention by design; "fallback".
         fallbacks: why calls fell back, and how many did for each reason.
     """
 
@@ -79,13 +79,14 @@ def enable(model: nn.Module, *, max_s_q: int = MAX_S_Q, max_pages: int | None = 
     Returns a report of the layers taken and left. Warns when none was taken. Enabling once more
     changes the settings and starts the counts anew.
 
-    On the CPU latents may be bfloat16, float16 or float32, on a Hopper GPU the first two. Caches
-    turn into pages at the first step after prefill, `DynamicCache`s handed in by the caller too.
-    What is not supported runs the model's own attention, with one warning for each reason:
-    training, wanted gradients, output_attentions, static, quantised and offloaded caches, masks
-    that are more than causal with padding, padding behind new tokens of a row. Steps raise
-    MemoryError when pages or memory run out (nothing is lost then), and ValueError for an
-    attention mask that asks for tokens which an earlier mask called padding.
+    On the CPU latents may be bfloat16, float16 or float32, on a Hopper GPU the first two. A
+    `DynamicCache`, handed in by the caller or not, turns into pages at the first step after
+    prefill, a `StaticCache` at prefill; steps over the latter may be compiled. What is not supported
+    runs the model's own attention, with one warning for each reason: training, wanted gradients,
+    output_attentions, quantised and offloaded caches, masks that are more than causal with padding,
+    padding in a static cache. Steps raise MemoryError when pages or memory run out (nothing is lost
+    then), and ValueError for an attention mask that asks for tokens which an earlier mask called
+    padding.
 
     Raises ValueError for a max_s_q or max_pages below 1.
     """
@@ -139,10 +140,7 @@ def info(model: nn.Module) -> Report:
         tuple(layer.name for layer in layers),
         dict(controller.left),
         controller.max_s_q,
-        {
-            kind: controller.calls[kind]
-            for kind in ("absorbed", "prefill", "long chunk", "fallback")
-        },
+        controller.counts,
         dict(controller.reasons),
     )
 

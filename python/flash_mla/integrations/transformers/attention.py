@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import flash_mla
 
 from .cache import D_LATENT, D_ROPE, LatentLayer
+from .static import is_pages
 from .weights import AbsorbedWeights
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def _expand_kv(
     module: nn.Module, kv_nope: torch.Tensor, k_rot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     own = type(module).expand_kv
+    if is_pages(kv_nope):  # of a static cache, with the lengths in k_rot's place
+        module.config._flash_mla_absorb = True
+        return kv_nope, k_rot
     if torch.compiler.is_compiling():
         return own(module, kv_nope, k_rot)
     layer = module._flash_mla
@@ -111,10 +115,12 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function, in Transformers' form. query (b, h, s_q, d_nope + 64); key and value are
-    not looked at. Returns (b, s_q, h, d_v) and no weights."""
+    pages and lengths of a static cache, or not looked at. Returns (b, s_q, h, d_v) and no weights."""
     layer = module._flash_mla
-    latents, layer.pending = layer.pending, None
     module.config._flash_mla_absorb = False
+    if is_pages(key):
+        return _attend_static(module, query, key, value, scaling), None
+    latents, layer.pending = layer.pending, None
     for name in ("sliding_window", "softcap", "s_aux", "position_bias", "indices"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"flash_mla: {name} of {layer.name} is not supported")
@@ -146,3 +152,27 @@ def _attend(
         result = torch.empty_like(result).index_copy_(0, tensors.order, result)
     layer.controller.count(layer, absorbed=True)
     return result.view(b, s_q, h, -1), None
+
+
+def _attend_static(
+    module: nn.Module,
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    lengths: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """The same for a static cache, in operations that compile."""
+    layer = module._flash_mla
+    b, h, s_q, _ = query.shape
+    w_uk, w_uv = layer.weights.views(module.kv_b_proj) or layer.ready
+    rows = query.transpose(1, 2).reshape(b * s_q, h, -1)
+    latent = torch.bmm(rows[..., : layer.d_nope].transpose(0, 1), w_uk).transpose(0, 1)
+    q = torch.cat((latent, rows[..., layer.d_nope :]), dim=-1).view(b, s_q, h, -1)
+    table = torch.arange(pages.shape[0], dtype=torch.int32, device=pages.device).view(b, -1)
+    out, _ = flash_mla.flash_mla_with_kvcache(
+        q, pages, table, lengths, D_LATENT, None, softmax_scale=scaling, causal=True
+    )
+    result = torch.bmm(out.view(b * s_q, h, -1).transpose(0, 1), w_uv).transpose(0, 1)
+    if not torch.compiler.is_compiling():
+        layer.controller.count(layer, absorbed=True)
+    return result.reshape(b, s_q, h, -1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 import flash_mla
 
@@ -19,6 +19,7 @@ from . import masks, structure
 from .attention import AbsorbedLayer
 from .cache import LatentLayer
 from .rows import KEEP
+from .static import StaticLatentLayer
 from .weights import NotAbsorbable
 
 _DTYPES = {
@@ -39,6 +40,7 @@ class Controller:
         self.max_s_q, self.max_pages = max_s_q, max_pages
         self.decoders: list[Decoder] = []
         self.left: dict[str, str] = {}  # why layers were not taken, by name
+        self.compiled: dict[torch.device, torch.Tensor] = {}  # calls that ran absorbed in graphs
         self.calls: collections.Counter[str] = collections.Counter()
         self.reasons: collections.Counter[str] = collections.Counter()
         self.kind = "prefill"  # of calls that do not run absorbed, in this forward pass
@@ -53,6 +55,21 @@ class Controller:
         self.calls[kind] += 1
         if kind == "fallback":
             self.reasons[self.reason or layer.obstacle] += 1
+
+    @property
+    def counts(self) -> dict[str, int]:
+        kinds = ("absorbed", "prefill", "long chunk", "fallback")
+        counts = {kind: self.calls[kind] for kind in kinds}
+        counts["absorbed"] += sum(int(counter) for counter in self.compiled.values())
+        return counts
+
+    def counter_on(self, device: torch.device) -> torch.Tensor:
+        """Where graphs on a device count, () int64."""
+        if device not in self.compiled:
+            with torch.inference_mode(False):
+                self.compiled[device] = torch.zeros((), dtype=torch.int64, device=device)
+            torch._dynamo.mark_static_address(self.compiled[device])
+        return self.compiled[device]
 
     def fall_back(self, reason: str) -> None:
         """This forward pass runs on the model's own attention."""
@@ -143,6 +160,8 @@ class Decoder:
         control = self.controller
         held = getattr(call.cache, "layers", [])
         held = {index: held[index] for index in self.layers if index < len(held)}
+        if held and all(type(layer) in (StaticLayer, StaticLatentLayer) for layer in held.values()):
+            return self._plan_static(call, held)
         rows = _rows_of(held)
         length = rows.length if rows else _length_of(held)
         reason = self._obstacle(call, held, length)
@@ -191,14 +210,69 @@ class Decoder:
             control.warn(obstacle)
         return rows is not None and not obstacles
 
+    def _plan_static(self, call: _Call, held: dict[int, Any]) -> bool:
+        """Plans a pass over a static cache. Returns whether every layer runs absorbed.
+
+        Keys and values stay where Transformers looks for them, so any pass may fall back. Later ones
+        may be compiled and come by here no more: what this decides at prefill holds for them.
+        """
+        control = self.controller
+        length = max(int(layer.get_seq_length()) for layer in held.values())
+        reason = self._obstacle(call, held, length)
+        if self._wants_gradients():
+            reason = reason or "gradients are wanted (it is not under torch.no_grad())"
+        if not reason and not _is_dense(call, length):
+            reason = "there is padding, or more than padding, in the mask of a static cache"
+        if length == 0:
+            self._recheck_weights()
+            if not reason:
+                reason = self._adopt_static(call, held)
+                held = {index: call.cache.layers[index] for index in held}
+        elif not reason and any(type(layer) is StaticLayer for layer in held.values()):
+            reason = "the static cache was filled before"
+        elif call.s_q > control.max_s_q:
+            control.kind = "long chunk"
+        absorbed = bool(length) and not reason and call.s_q <= control.max_s_q
+        for layer in held.values():
+            if type(layer) is StaticLatentLayer:
+                layer.absorbs, layer.goes_on = absorbed, not reason
+        if reason:
+            control.fall_back(reason)
+        return absorbed
+
+    def _adopt_static(self, call: _Call, held: dict[int, Any]) -> str:
+        """Puts pages in the place of an empty static cache's layers, or says why not."""
+        for index in held:
+            module = self.layers[index]
+            layer = module._flash_mla
+            dtype, device = structure.latent_type(module)
+            layer.obstacle = _device_obstacle(dtype, device)
+            if layer.obstacle:
+                return layer.obstacle
+            try:
+                layer.ready = layer.weights.get(module.kv_b_proj, dtype, device)
+            except NotAbsorbable as refusal:
+                return str(refusal)
+            for tensor in layer.ready:
+                torch._dynamo.mark_static_address(tensor)
+        for number, (index, old) in enumerate(held.items()):
+            made = StaticLatentLayer(old.max_cache_len, self.controller.max_s_q)
+            if number == 0:
+                device = structure.latent_type(self.layers[index])[1]
+                made.counter, made.counts = self.controller.counter_on(device), len(held)
+            call.cache.layers[index] = made
+        return ""
+
     def _obstacle(self, call: _Call, held: dict[int, Any], length: int) -> str:
         """Why a call cannot run absorbed, as far as its arguments tell."""
         cache = call.cache
         if self.module.training:
             return "the model is in training mode"
         for layer in held.values():
-            if type(layer) not in (DynamicLayer, LatentLayer):
-                return f"the cache has a {type(layer).__name__}, wanted a DynamicLayer"
+            if type(layer) not in (DynamicLayer, LatentLayer, StaticLayer, StaticLatentLayer):
+                return (
+                    f"the cache has a {type(layer).__name__}, wanted a DynamicLayer or StaticLayer"
+                )
         if getattr(cache, "offloading", False):
             return "the cache is offloaded"
         if held and type(cache).get_mask_sizes is not Cache.get_mask_sizes:
@@ -263,6 +337,17 @@ def _give_back(cache: Any, rows: Any) -> None:
             "disable(model) before the first call"
         )
     _cache.release(cache)
+
+
+def _is_dense(call: _Call, length: int) -> bool:
+    """Whether a mask is causal and no more. Synchronises."""
+    mask = call.mask
+    if mask is None:
+        return True
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.shape[1] >= length + call.s_q and bool(mask[:, : length + call.s_q].all())
+    padding = masks.padding_of(masks.visible_of(mask), call.b, call.s_q, length)
+    return padding is not None and bool(padding.all())
 
 
 def _padding(call: _Call, length: int, rows: Any) -> tuple[Any, str]:

@@ -54,16 +54,22 @@ def obstacle(module: nn.Module) -> str:
     return _expansion_obstacle(module)
 
 
+def latent_type(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Of the latents that a layer makes: what its norm has, as projections may be quantised."""
+    weight = getattr(getattr(module, "kv_a_layernorm", None), "weight", None)
+    if weight is None:
+        weight = next(module.parameters())
+    return weight.dtype, weight.device
+
+
 def _expansion_obstacle(module: nn.Module) -> str:
     """Asks expand_kv with two tokens: keys must be [W_UK c, k_rot], values W_UV c, by head."""
     reference = next(module.parameters(), None)
     if reference is None or reference.device.type == "meta":
         return ""  # nothing to ask with yet
-    norm = getattr(module, "kv_a_layernorm", None)
-    dtype = getattr(getattr(norm, "weight", None), "dtype", reference.dtype)
+    dtype, device = latent_type(module)
     if not dtype.is_floating_point:
         return f"its latents are {dtype}"
-    device = getattr(getattr(norm, "weight", None), "device", reference.device)
 
     def ramp(width: int) -> torch.Tensor:
         values = torch.linspace(-1, 1, 2 * width, dtype=torch.float32, device=device)

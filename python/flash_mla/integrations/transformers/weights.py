@@ -65,6 +65,11 @@ class AbsorbedWeights:
             raise NotAbsorbable(self._refusal)
         return self._weights
 
+    def views(self, projection: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The two weights as views, where `get` found that they are: what a compiled step uses, which
+        takes parameters, unlike other tensors, for what stays where it is."""
+        return None if self._parts else self._split(projection.weight)
+
     def recheck(self, projection: nn.Module) -> None:
         """Drops weights that are no longer what the projection does, for a change that leaves no trace on
         its tensors (`tensor.data`). Views need no check. Synchronises."""
