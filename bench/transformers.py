@@ -26,9 +26,11 @@ import transformers  # noqa: E402
 import flash_mla  # noqa: E402
 import flash_mla.integrations.transformers as hf  # noqa: E402
 from flash_mla.cli import measure, random_models  # noqa: E402
+from flash_mla.integrations.transformers.static import StaticLatentLayer  # noqa: E402
 
 OWN = ("sdpa", "eager")  # the model's own attention, of which the faster one counts
 V3_LAYER, V3_DENSE, LITE = "v3-layer", "v3-dense", "v2-lite"
+STATIC_ROOM = 256  # tokens that a static cache could take beyond the context
 SWEEP = (128, 1024, 4096, 8192, 16384, 32768)
 
 
@@ -87,6 +89,7 @@ class Layer:
             self.hidden = torch.randn(b, 1, self.config.hidden_size)
             self.latents = [torch.randn(b, 1, self.context, width) for width in (512, 64)]
         torch.set_default_dtype(default)
+        self.static_config = random_models.config_of("v3", 1, **sizes.changes)
         rotary = modeling.DeepseekV3RotaryEmbedding(self.config).to(sizes.device)
         positions = torch.full((1, 1), self.context, device=sizes.device)
         self.positions = rotary(self.hidden, positions)
@@ -97,19 +100,44 @@ class Layer:
         cache.update(*self.latents, 0)
         return lambda: self.module(self.hidden, self.positions, None, cache)[0]
 
+    def compiled(self, ours):
+        """The call, compiled over a static cache, as generate() does on a GPU. The length is set back each time."""
+        longest = self.context + STATIC_ROOM
+        cache = transformers.StaticCache(config=self.static_config, max_cache_len=longest)
+        if ours:
+            state, projection = self.module._flash_mla, self.module.kv_b_proj
+            state.ready = state.weights.get(projection, self.hidden.dtype, self.hidden.device)
+            cache.layers[0] = StaticLatentLayer(longest, hf.MAX_S_Q)
+        cached = cache.layers[0]
+        cached.update(*self.latents)
+        if ours:
+            cached.absorbs = cached.goes_on = True
+        mask = torch.arange(longest, device=self.hidden.device) <= self.context
+        mask = mask.expand(self.b, 1, 1, -1).contiguous()
+        torch._dynamo.reset()
+        module = torch.compile(self.module, fullgraph=True, dynamic=False)
 
-def time_call(layer, sizes):
-    """{us, us_spread: of CUDA-graph replays; us_eager: of eager calls; temporary_bytes} of a layer's call."""
+        def call():
+            cached.cumulative_length.fill_(self.context)
+            return module(self.hidden, self.positions, mask, cache)[0]
+
+        call()  # compiles
+        return call
+
+
+def time_call(fresh, sizes):
+    """{us, us_spread: of CUDA-graph replays; us_eager: of eager calls; temporary_bytes} of a layer's call, which
+    fresh() makes."""
     timed = {}
     if sizes.device == "cuda":
-        timed["us"], timed["us_spread"] = measure.graph_time(layer.fresh(), sizes.ms)
+        timed["us"], timed["us_spread"] = measure.graph_time(fresh(), sizes.ms)
         clear()
-        timed["us_eager"] = eager_time(layer.fresh())
+        timed["us_eager"] = eager_time(fresh())
     else:
-        timed["us"], timed["us_spread"] = measure.host_clock_time(layer.fresh(), sizes.ms)
+        timed["us"], timed["us_spread"] = measure.host_clock_time(fresh(), sizes.ms)
         timed["us_eager"] = timed["us"]
     clear()
-    call = layer.fresh()
+    call = fresh()
     for _ in range(2):  # the first step turns the cache into pages
         call()
     clear()
@@ -143,7 +171,7 @@ def measure_layer(sizes, b):
     for attention in OWN:
         layer = Layer(sizes, b, attention)
         try:
-            row["own"][attention] = time_call(layer, sizes)
+            row["own"][attention] = time_call(layer.fresh, sizes)
             outputs[attention] = layer.fresh()()
         except torch.OutOfMemoryError as error:
             row["own"][attention] = {"failure": str(error).splitlines()[0]}
@@ -151,7 +179,7 @@ def measure_layer(sizes, b):
         clear()
     layer = Layer(sizes, b, OWN[0])
     hf.enable(layer.module)
-    row["ours"] = time_call(layer, sizes)
+    row["ours"] = time_call(layer.fresh, sizes)
     got = layer.fresh()()
     row["error"] = measure.relative_error(got, outputs[OWN[0]].float())
     calls = hf.info(layer.module).calls
@@ -162,6 +190,31 @@ def measure_layer(sizes, b):
     best = own[row["best_own"]]
     row["ratio"] = best["us"] / row["ours"]["us"]
     row["ratio_eager"] = best["us_eager"] / row["ours"]["us_eager"]
+    return row
+
+
+@torch.no_grad()
+def measure_compiled_layer(sizes, b):
+    """The same layer compiled over a static cache, the model's own attention and ours."""
+    row = {"name": f"{V3_LAYER}-compiled-b{b}", "b": b, "context": sizes.context, "own": {}}
+    outputs = {}
+    for who in ("own", "ours"):
+        layer = Layer(sizes, b, OWN[0])
+        if who == "ours":
+            hf.enable(layer.module)
+        call = layer.compiled(who == "ours")
+        outputs[who] = call().float()
+        timed = time_call(lambda call=call: call, sizes)
+        if who == "ours":
+            row["ours"] = timed
+        else:
+            row["own"] = {OWN[0]: timed}
+        del layer, call
+        clear()
+    row["error"] = measure.relative_error(outputs["ours"], outputs["own"])
+    row["best_own"] = OWN[0]
+    row["ratio"] = row["own"][OWN[0]]["us"] / row["ours"]["us"]
+    row["ratio_eager"] = row["own"][OWN[0]]["us_eager"] / row["ours"]["us_eager"]
     return row
 
 
@@ -251,6 +304,9 @@ def rows(sizes, wanted):
             yield f"{V3_LAYER}-b{b}", lambda b=b: [measure_layer(sizes, b)]
         yield V3_DENSE, lambda: v3_dense(sizes)
         yield LITE, lambda: v2_lite(sizes)
+        # Last, as compiling takes long.
+        for b in (1, 16):
+            yield f"{V3_LAYER}-compiled-b{b}", lambda b=b: [measure_compiled_layer(sizes, b)]
 
     for name, measure_row in all_rows():
         if re.search(wanted, name):
