@@ -149,6 +149,8 @@ class LatentLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes off the last -tokens_to_remove padded tokens; a positive number is the length to keep,
         as in Transformers before 5.18."""
+        if isinstance(tokens_to_remove, int) and tokens_to_remove == 0:
+            return  # generate() says so after every step: it must not cost what other operations do
 
         def crop() -> None:
             count = int(tokens_to_remove)
