@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
@@ -158,6 +159,34 @@ def test_a_copy_of_an_enabled_model(model) -> None:
     assert not other.model._forward_pre_hooks and model.model._forward_pre_hooks
     decode(model, ids)
     assert hf.info(model).calls["absorbed"] == 16
+
+
+def test_pickling_an_enabled_model_is_refused(model) -> None:
+    """It would come back half enabled."""
+    ids = tokens(1, 12)
+    wanted = decode(model, ids)
+    hf.enable(model)
+    with pytest.raises(TypeError, match="cannot be pickled; disable"):
+        pickle.dumps(model)
+    hf.disable(model)
+    assert torch.equal(decode(pickle.loads(pickle.dumps(model)), ids), wanted)
+
+
+def test_weights_that_are_offloaded(model) -> None:
+    """Accelerate keeps them elsewhere and brings them in for each call, through hooks."""
+    accelerate = pytest.importorskip("accelerate")
+    ids = tokens(2, 14)
+    wanted = decode(model, ids)
+    for order in ("before", "after"):
+        other = copy.deepcopy(model)
+        if order == "after":
+            hf.enable(other)
+        accelerate.cpu_offload(other, execution_device=torch.device("cpu"))
+        assert other.model.layers[0].self_attn.kv_b_proj.weight.device.type == "meta"
+        if order == "before":
+            hf.enable(other)
+        torch.testing.assert_close(decode(other, ids), wanted, rtol=1e-4, atol=1e-4)
+        assert hf.info(other).calls["absorbed"] == 8 and not hf.info(other).fallbacks
 
 
 def test_attention_implementation_may_change(model) -> None:

@@ -12,6 +12,7 @@ ours on as they are, and `config`, which names our function for that one call.
 
 from __future__ import annotations
 
+import copy
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,17 @@ class AbsorbedLayer:
         self.obstacle = ""  # why it cannot run absorbed at the moment
         self.ready: tuple[torch.Tensor, torch.Tensor] | None = None  # its weights, for this step
         self.pending: LatentLayer | None = None  # between expand_kv and the attention function
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AbsorbedLayer:
+        """A copy of an enabled model is enabled."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return made
+
+    def __reduce__(self) -> Any:
+        # What is loaded would be half enabled: methods of an instance do not come back from a pickle.
+        raise TypeError("flash_mla: an enabled model cannot be pickled; disable(model) first")
 
 
 def attach(module: nn.Module, layer: AbsorbedLayer) -> None:
