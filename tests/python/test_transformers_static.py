@@ -262,9 +262,11 @@ def test_a_projection_that_is_not_linear(model) -> None:
     hf.enable(model)  # taken before it bends
     controller = attention._flash_mla.controller
     attention.kv_b_proj = Curved(attention.kv_b_proj)
-    with pytest.warns(UserWarning, match="kv_b_proj is not linear"):
+    with pytest.warns(UserWarning) as caught:
         got = chunks(model, ids, (12, 1, 1))
-    assert controller.counts["absorbed"] == 0
+    reason = "kv_b_proj is not linear"
+    assert told_of(caught) == [f"flash_mla: the model's own attention runs: {reason}"]
+    assert controller.counts["absorbed"] == 0 and set(controller.reasons) == {reason}
     hf.disable(model)
     assert torch.equal(got, chunks(model, ids, (12, 1, 1)))
 

@@ -229,7 +229,8 @@ class Decoder:
                 reason = self._adopt_static(call, held)
                 held = {index: call.cache.layers[index] for index in held}
         elif not reason and any(type(layer) is StaticLayer for layer in held.values()):
-            reason = "the static cache was filled before"
+            obstacles = [self.layers[index]._flash_mla.obstacle for index in held]
+            reason = next(filter(None, obstacles), "the static cache was filled before")
         elif call.s_q > control.max_s_q:
             control.kind = "long chunk"
         absorbed = bool(length) and not reason and call.s_q <= control.max_s_q
@@ -252,7 +253,8 @@ class Decoder:
             try:
                 layer.ready = layer.weights.get(module.kv_b_proj, dtype, device)
             except NotAbsorbable as refusal:
-                return str(refusal)
+                layer.obstacle = str(refusal)
+                return layer.obstacle
             for tensor in layer.ready:
                 torch._dynamo.mark_static_address(tensor)
         for number, (index, old) in enumerate(held.items()):

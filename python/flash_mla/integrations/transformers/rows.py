@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .cache import LatentLayer
 
 PAGE_SIZE = 64  # what a GPU decodes
-_GROWTH = 1.25  # pages beyond those needed that a growing pool takes, so that growing is rare
+_ROOM = 8  # a pool that grows takes one page more for each so many
 
 
 @dataclasses.dataclass
@@ -214,19 +214,29 @@ class LatentRows:
         moves: list[tuple[int, int, int]] = []
         for row, kept in change.kept.items():
             moves += self._compact(row, kept)
+        counts = [s_q] * self.batch if change.counts is None else change.counts
         shared = self.pool.any_shared
-        for row, tokens in enumerate(self.tokens):
-            count = s_q if change.counts is None else change.counts[row]
-            if shared or tokens + count > len(self.pages[row]) * PAGE_SIZE:
-                moves += self._extend(row, count)
-            self.tokens[row] += count
+        tight = [
+            row
+            for row, pages in enumerate(self.pages)
+            if shared or self.tokens[row] + counts[row] > len(pages) * PAGE_SIZE
+        ]
+        if tight:
+            self._enlarge(sum(self._pages_short(row, counts[row]) for row in tight))
+        for row in tight:
+            moves += self._extend(row, counts[row])
+        self.tokens = [tokens + count for tokens, count in zip(self.tokens, counts, strict=True)]
         return moves
+
+    def _pages_short(self, row: int, count: int) -> int:
+        """Pages that a row lacks for `count` more tokens."""
+        return -(-(self.tokens[row] + count) // PAGE_SIZE) - len(self.pages[row])
 
     def _extend(self, row: int, count: int) -> list[tuple[int, int, int]]:
         """Room for `count` more tokens of a row; a last page that others own too is copied first."""
         pages, tokens = self.pages[row], self.tokens[row]
         copied = bool(count and tokens % PAGE_SIZE) and self.pool.is_shared(pages[-1])
-        added = -(-(tokens + count) // PAGE_SIZE) - len(pages)
+        added = self._pages_short(row, count)
         if not copied and not added:
             return []
         taken = self._take(added + copied)
@@ -254,20 +264,25 @@ class LatentRows:
         return moves
 
     def _take(self, count: int) -> list[int]:
-        used, have = self.pool.used, len(self.pool)
+        self._enlarge(count)
         if count > self.pool.free:
-            wanted = used + count
-            if self.max_pages is not None and wanted > self.max_pages:
-                raise MemoryError(
-                    f"flash_mla: out of pages: a row needs {count} more, {self.max_pages - used} of {self.max_pages} are "
-                    f"free (pages of {PAGE_SIZE} tokens; max_pages of enable() sets their number)"
-                )
-            wanted = max(wanted, int(have * _GROWTH), have + self.batch)
-            self.pool.enlarge(min(wanted, self.max_pages or wanted))
+            used = self.pool.used
+            raise MemoryError(
+                f"flash_mla: out of pages: a row needs {count} more, {self.max_pages - used} of {self.max_pages} are free "
+                f"(pages of {PAGE_SIZE} tokens; max_pages of enable() sets their number)"
+            )
         taken = self.pool.take(count)
         if self._undo:
             self._undo.taken += taken
         return taken
+
+    def _enlarge(self, count: int) -> None:
+        """Sees to `count` free pages, as far as the limit lets it; with some more, so that it is rare."""
+        if count > self.pool.free:
+            wanted = self.pool.used + count
+            wanted += max(self.batch, wanted // _ROOM)
+            limit = wanted if self.max_pages is None else self.max_pages
+            self.pool.enlarge(max(min(wanted, limit), len(self.pool)))
 
     def _drop(self, pages: list[int]) -> None:
         self._undo.dropped += pages
@@ -281,7 +296,7 @@ class LatentRows:
     def _write_table(self, row: int) -> None:
         pages, width = self.pages[row], self._table.shape[1]
         if len(pages) > width:
-            wider = max(len(pages), int(width * _GROWTH) + 1)
+            wider = max(len(pages), width + width // _ROOM + 1)
             self._table = torch.nn.functional.pad(self._table, (0, wider - width))
         self._table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         self._table_version += 1
