@@ -1,6 +1,7 @@
 // The decode functions: check the arguments, choose the backend, call it.
 #include "flash_mla/decode.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <limits>
 
@@ -46,8 +47,8 @@ bool on_cuda(const DecodeArgs& args) { return args.q.device.type == DeviceType::
 // The planner counts costs in 32 bits: the worst that these shapes can hold has to fit.
 Status check_schedule_cost(const char* function, const DecodeParams& params,
                            const cuda::DecodeConfig& config) {
-  const std::int64_t most_blocks =
-      ceil_div(std::int64_t{params.max_pages} * params.page_size, std::int64_t{kBlockTokens});
+  const std::int64_t most_blocks = std::max<std::int64_t>(
+      1, ceil_div(std::int64_t{params.max_pages} * params.page_size, std::int64_t{kBlockTokens}));
   const std::int64_t most_cost =
       Schedule::request_cost(config.schedule, static_cast<std::int32_t>(most_blocks));
   if (params.b == 0 || most_cost < kMostScheduleCost / params.b) return {};

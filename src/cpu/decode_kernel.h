@@ -10,6 +10,8 @@
 // and FLASH_MLA_CPU_COLUMN_TILE, a tile of accumulators that all but fills the vector registers.
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/isa.h"
 #include "cpu/simd.h"
 
@@ -228,7 +230,10 @@ void decode_tokens(const DecodeParams& params, const RowGroup& group, std::int32
   std::memset(partial.out, 0, sizeof(float) * kDimV * touched_rows);
   Products::load_queries(params, group, scratch);
   TokenReader<T> reader(params, group, token_begin);
-  const float scale_log2 = params.softmax_scale * kLog2E;
+  // Finite, so that zeros stay zero.
+  float scale_log2 = params.softmax_scale * kLog2E;
+  if (scale_log2 > FLT_MAX) scale_log2 = FLT_MAX;
+  if (scale_log2 < -FLT_MAX) scale_log2 = -FLT_MAX;
   for (std::int32_t begin = token_begin; begin < token_end; begin += kBlock) {
     const int tokens = token_end - begin < kBlock ? token_end - begin : kBlock;
     const Block block = {params, group, begin, tokens, scale_log2};

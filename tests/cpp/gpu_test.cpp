@@ -3,6 +3,7 @@
 // compute-sanitizer runs.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -227,6 +228,27 @@ TEST(GpuPromises, BatchInvariant) {
     EXPECT_TRUE(
         std::memcmp(&out[request * size], &together[request * size], size * sizeof(double)) == 0)
         << "request " << request;
+  }
+}
+
+TEST(GpuPromises, NanInsideGivesNan) {
+  SKIP_WITHOUT_GPU();
+  const auto is_nan = [](double x) { return std::isnan(x); };
+  for (const int length : {60, 100, 1000}) {  // one piece, few, many
+    for (const int h_q : {2, 100}) {          // single CTAs, pairs
+      SCOPED_TRACE(testing::Message() << length << " tokens, " << h_q << " heads");
+      GpuRun run({.name = "nan", .h_q = h_q, .lengths = {length}});
+      const int token = length - 3;
+      const std::int64_t row =
+          std::int64_t{run.problem.reference.table[token / 64]} * 64 + token % 64;
+      run.problem.kv_cache.set(row * kHeadDimQk + kHeadDimV, NAN);
+      run.place.put(run.problem.kv_cache);
+      ASSERT_OK(run.run());
+      run.finish();
+      const std::vector<double> out = run.problem.out.values(), lse = run.problem.lse.values();
+      EXPECT_TRUE(std::all_of(out.begin(), out.end(), is_nan));
+      EXPECT_TRUE(std::all_of(lse.begin(), lse.end(), is_nan));
+    }
   }
 }
 

@@ -38,9 +38,10 @@ struct QueryRows {
 QueryRows query_rows(const DecodeParams& params) noexcept;
 
 // Rank-5 map over q [b, s_q, h_q, 576], any strides that are multiples of 16 bytes. Coordinates,
-// innermost first: column in the tile (0), head, query token, column tile (0), request; dense rows:
-// row instead of head, and 0. The box has 64 rows of one tile, 8 KB; outside of q it reads zeros. Made anew each time: q moves, and making it is pure host arithmetic. Errors: kCudaError
-// (the driver refused).
+// innermost first: column in the tile (0), head, query token, column tile, request; dense rows: row
+// instead of head, and 0. The box has 64 rows of one tile, 8 KB; outside of q it reads zeros. Made
+// anew each time: q moves, and making it is pure host arithmetic. Errors: kCudaError (the driver
+// refused).
 Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
                         CUtensorMap* map) noexcept;
 

@@ -9,6 +9,9 @@
 //   3. that warp finds the request with one scan over 32 lengths it still holds; a second barrier
 //      publishes it.
 //
+// Where items may take whole parts, step 2 includes a search, by all warps, for the least payload
+// with which they do, and one more barrier.
+//
 // A team of one warp needs no barrier. No atomics, no global memory: two CTAs agree because they
 // compute the same thing, whatever their teams.
 #pragma once
@@ -41,8 +44,8 @@ struct Team {
   }
 };
 
-// Longest request that a block table of `max_pages` columns allows, held below 2^31 - 64 so that
-// rounding up to blocks is safe.
+// Longest request that a block table of `max_pages` columns allows, a multiple of 64 below 2^31, so
+// that rounding up to blocks is safe.
 __host__ __device__ __forceinline__ std::int32_t max_seqlen(std::int32_t max_pages) {
   constexpr std::int32_t kMostPages = INT32_MAX / kBlockTokens;
   return (max_pages < kMostPages ? max_pages : kMostPages) * kBlockTokens;
@@ -126,8 +129,9 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
   }
   schedule = Schedule(shape, static_cast<std::int64_t>(total) * shape.items_per_request);
   bool mine = true;  // this warp's range holds the part's begin, if any does
-  if (shape.split && b * shape.items_per_request > shape.num_parts) {
-    if (total == b * most) schedule.align_to_items(b * shape.items_per_request, most);
+  const std::int64_t items = static_cast<std::int64_t>(b) * shape.items_per_request;
+  if (shape.split && items > shape.num_parts) {
+    if (total == b * most) schedule.align_to_items(items, most);
   } else if (shape.split) {
     // The warps share the payloads to try; the least that does it counts.
     const std::int64_t blocks =

@@ -6,6 +6,11 @@
 
 namespace flash_mla::cuda::decode_dense {
 
+// A row that saw no key, and so has the sum 0, gets output 0.
+__device__ __forceinline__ float inverse_or_zero(float sum) {
+  return sum == 0.f ? 0.f : __fdividef(1.f, sum);
+}
+
 // Places of the tile's rows in out and lse.
 template <typename Element>
 struct Rows {
@@ -29,7 +34,7 @@ struct Rows {
     return static_cast<Element*>(decode.out) + item.request * decode.stride_out_b +
            at.s * decode.stride_out_s + at.head * decode.stride_out_h;
   }
-  // `sum` 0: the row saw no key.
+  // `sum` 0: the row saw no key. (NaN among its scores gives NaN.)
   __device__ __forceinline__ void store_lse(int row, RowState state) const {
     const DecodeParams& decode = params.decode;
     if (decode.lse == nullptr || !valid(row)) return;
@@ -37,7 +42,7 @@ struct Rows {
     const Index at = index(row);
     decode.lse[item.request * decode.stride_lse_b + at.head * decode.stride_lse_h +
                at.s * decode.stride_lse_s] =
-        state.sum > 0.f ? (state.max + __log2f(state.sum)) * kLn2 : decode.empty_lse;
+        state.sum == 0.f ? decode.empty_lse : (state.max + __log2f(state.sum)) * kLn2;
   }
 };
 
@@ -66,7 +71,7 @@ struct Epilogue {
       const RowState state = output.state[h];
       if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(row, state);
       if (row - lane / 4 >= item.rows) return;  // of no row of this warp
-      const float inverse = state.sum > 0.f ? __fdividef(1.f, state.sum) : 0.f;
+      const float inverse = inverse_or_zero(state.sum);
       const bool valid = rows.valid(row), odd = lane % 2;
       // Of two neighbouring tiles of eight columns a lane has two columns each. Even lanes take the
       // next two of the first tile from their neighbour for theirs of the second, so that the four

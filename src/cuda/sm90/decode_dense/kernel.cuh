@@ -5,8 +5,8 @@
 //   warpgroups 0, 1  the output, half of the columns each (output.cuh), then the epilogue
 //                    (epilogue.cuh) and, for requests that were split, the merge (merge.cuh);
 //   warpgroup 2      scores and softmax (score.cuh), ahead of them;
-//   warp 12          Q's latent part and the pages, by TMA; three buffers (producer.cuh);
-//   warp 13          the work items, and Q's RoPE part (producer.cuh).
+//   warp 12          the pages and Q's right half, by TMA (producer.cuh);
+//   warp 13          the work items, and the rest of Q (producer.cuh).
 // With more than 64 rows two CTAs make a cluster: 64 rows each, and every page comes once, by
 // multicast to both.
 //
@@ -55,6 +55,7 @@ __device__ __forceinline__ void put_out(const KernelParams& params, SharedStorag
     if (item.end) break;
     output.run(item);
     merger.put_out(item, output);
+    __syncwarp();
     if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared.barriers.item_empty[at.slot()]);
   }
   merger.finish();
@@ -116,7 +117,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::increase_registers<kOutputRegisters>();
     put_out<T>(params, shared);
   } else if (threadIdx.x / kWarpgroup == kScoreWarpgroup) {
-    ptx::increase_registers<kScoreRegisters>();
     Scorer<T>(params, shared).run();
   } else {
     ptx::decrease_registers<kProducerRegisters>();

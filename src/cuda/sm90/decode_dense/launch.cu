@@ -32,8 +32,10 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
   params.decode.causal = decode_params.causal && decode_params.s_q > 1;  // one token sees all
   params.schedule = config.schedule;
   constexpr float kLog2e = 1.44269504088896340736f;
+  // Finite and not zero: hidden scores stay -inf, and zeros zero.
   params.scale_log2 =
-      std::max(std::fabs(decode_params.softmax_scale) * kLog2e, std::numeric_limits<float>::min());
+      std::clamp(std::fabs(decode_params.softmax_scale) * kLog2e, std::numeric_limits<float>::min(),
+                 std::numeric_limits<float>::max());
   params.negate_scores = decode_params.softmax_scale < 0;
   params.heads_per_kv = decode_params.h_q / decode_params.h_kv;
   const QueryRows rows = query_rows(decode_params);

@@ -110,7 +110,7 @@ struct Merger {
         weight[k][h] = ptx::exp2_approx(state[k].x - top);
         total += weight[k][h] * state[k].y;
       }
-      const float inverse = total > 0.f ? __fdividef(1.f, total) : 0.f;
+      const float inverse = inverse_or_zero(total);
 #pragma unroll
       for (int k = 0; k < kFewPieces; ++k) weight[k][h] *= inverse;
       if (warp < row_warps && lane % 4 == 0) rows.store_lse(row, {top, total});
@@ -166,13 +166,14 @@ struct Merger {
       }
     }
     meet();
-    if (!shared.merge_ready) return;
-    if (item.rows > 0) merge(item, tile.leavers > 0);
-    if (threadIdx.x == 0 &&
-        (before_departure >> 32) + 1 + tile.leavers == static_cast<Counter>(item.piece_count)) {
-      *counter(item) = 0;
+    if (shared.merge_ready) {
+      if (item.rows > 0) merge(item, tile.leavers > 0);
+      if (threadIdx.x == 0 &&
+          (before_departure >> 32) + 1 + tile.leavers == static_cast<Counter>(item.piece_count)) {
+        *counter(item) = 0;
+      }
     }
-    meet();  // the next tile reuses the scratch
+    meet();  // the next tile reuses merge_ready and the scratch
   }
 
   // False: gave up, and whoever arrives last knows.
@@ -247,7 +248,7 @@ struct Merger {
       total += __shfl_xor_sync(~0u, total, distance);
     }
     if (first == 0) {
-      scratch().inverse[r] = total > 0.f ? __fdividef(1.f, total) : 0.f;
+      scratch().inverse[r] = inverse_or_zero(total);
       if (store_lse) rows.store_lse(row, {top, total});
     }
   }

@@ -93,6 +93,7 @@ class Producer {
         turn ^= 1;
         __syncwarp();
       }
+      __syncwarp();
       if (lane == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_empty[at.slot()]);
     }
   }

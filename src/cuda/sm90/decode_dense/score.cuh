@@ -23,7 +23,8 @@
 
 namespace flash_mla::cuda::decode_dense {
 
-// Where a thread stands in its warpgroup: it holds rows row() and row() + 8 of the accumulators.
+// Where a thread stands in its warpgroup: it holds rows row_index() and row_index() + 8
+// of the accumulators.
 // Read anew each time: kept in registers, they and the addresses made of them spill.
 __device__ __forceinline__ int lane_index() { return static_cast<int>(ptx::thread_index() % 32); }
 __device__ __forceinline__ int row_index() {
@@ -54,6 +55,7 @@ class Scorer {
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       if (item.pages > 0) run_item(item);
+      __syncwarp();
       if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_empty[at.slot()]);
     }
   }
@@ -125,8 +127,7 @@ class Scorer {
     const ptx::SmemDescriptor left = operand(shared_.half[at_.left.buffer()]);
     const ptx::SmemDescriptor rope = operand(shared_.rope[at_.rope.slot()]);
     const ptx::SmemDescriptor q_left = operand(shared_.q_left), q_rope = operand(shared_.q_rope);
-    // One phase a page, as rings of six positions are; passes at once the first time.
-    static_assert(kRopeBuffers * 2 % 2 == 0);
+    // One phase a page; passes at once the first time.
     ptx::mbarrier_wait(&shared_.barriers.left_issued, (at_.rope.position() & 1) ^ 1);
     ptx::forget(s_);
     wait_for(at_.right);

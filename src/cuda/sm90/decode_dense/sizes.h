@@ -12,7 +12,8 @@ inline constexpr int kTileRows = 64;    // query rows of a CTA
 inline constexpr int kPageTokens = 64;  // tokens of a page, which is also the block of the products
 inline constexpr int kMaxCtas = 132;    // SMs of the largest Hopper card
 
-// What a row keeps of its scores: maximum (base 2, scaled) and sum of the exponentials.
+// What a row keeps of its scores, scaled, in base 2: `max`, the largest, give or take 8
+// (kRescaleThreshold), and the sum of 2^(score - max).
 struct RowState {
   float max, sum;
 };

@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cfloat>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -23,12 +24,13 @@ static_assert(kPageTokens == kBlockTokens);
 // arrives in three parts.
 inline constexpr int kTileColumns = 64;
 inline constexpr int kTileBytes = 64 * 64 * 2;
-inline constexpr int kQkTiles = kHeadDimQk / kTileColumns;       // 9
 inline constexpr int kHalfTiles = kHeadDimV / 2 / kTileColumns;  // 4
 inline constexpr int kHalfBytes = kHalfTiles * kTileBytes;       // 32 KB
 inline constexpr int kRopeTile = 2 * kHalfTiles;
 
-inline constexpr int kItems = 4;  // work items known ahead: the scores run up to three pages ahead
+// Work items at once: of four with one page each, one may be in the right output, one in the left,
+// one in the scores, and one on its way.
+inline constexpr int kItems = 4;
 
 // Four warpgroups. The file header of kernel.cuh says who does what.
 inline constexpr int kWarpgroup = 128;
@@ -37,20 +39,19 @@ inline constexpr int kScoreWarpgroup = 2, kProducerWarpgroup = 3;
 inline constexpr int kPageWarp = 12;   // issues the page loads, of warpgroup 3
 inline constexpr int kQueryWarp = 13;  // walks the work items; two more warps idle
 inline constexpr int kThreads = 4 * kWarpgroup;
-// setmaxnreg draws on the 4 x 128 registers the CTA is launched with: 2 x 160 + 152 + 40 = 512.
+// Of the 4 x 128 registers that the CTA is launched with the score warpgroup keeps its 128, and the
+// output warpgroups get what the producers give: 2 x 176 + 128 + 32 = 512.
 inline constexpr int kOutputRegisters = 176;
-inline constexpr int kScoreRegisters = 128;
 inline constexpr int kProducerRegisters = 32;
 
 // The output is rescaled only when the running maximum grew by more than 2^8 (log2 units); the
 // final normalisation makes it exact. Idea: FlashAttention-4.
 inline constexpr float kRescaleThreshold = 8.f;
-inline constexpr float kNoMaximum = -1e30f;
+inline constexpr float kNoMaximum = -FLT_MAX;
 
 enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */, kProducersMeet = 4 };
 
-// Who finds where the CTA's part starts: one warp, unless requests are so many that its loads would
-// take several rounds.
+// Who finds where the CTA's part starts: one warp, which meets nobody, unless requests are many.
 using OneWarp = Team<32, 0>;
 using Producers = Team<kWarpgroup, kProducersMeet>;
 inline constexpr int kOneWarpRequests = 32;
