@@ -6,9 +6,6 @@
 //   out += p x values       A: a panel of p, whose words are transposed for it; B: values, two
 //                           tokens interleaved
 // bf16_pairs.h tells the rest.
-//
-// NOTE: in this form, of 2026-11-24, the tests have passed with the tile instructions emulated;
-// they have yet to run on a processor that has them.
 #define FLASH_MLA_CPU_LANES 16
 #define FLASH_MLA_CPU_ROW_TILE 6
 #define FLASH_MLA_CPU_COLUMN_TILE 4
