@@ -64,7 +64,8 @@ def main():
     out = args.out or ledger.RESULTS / f"{date}-{slug}.json"
     result = {"gpu": gpu[0], "driver": gpu[1], "cuda": ".".join(stamp["toolkit"].split(".")[:2])}
     result |= {"toolkit": stamp["toolkit"], "torch": measure.machine("cuda")["torch"], "date": date}
-    result |= {"digest": stamp["digest"], "ceilings": measure.measure_ceilings("cuda"), "rows": []}
+    result |= {"digest": stamp["digest"], "rounds": measure.ROUNDS}
+    result |= {"ceilings": measure.measure_ceilings("cuda"), "rows": []}
     for case in cases:
         row = finish(measure.measure_case(case, adapters, args.ms))
         result["rows"].append(row)

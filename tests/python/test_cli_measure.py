@@ -105,9 +105,114 @@ def test_row(device):
 
 
 def test_our_failure_is_a_row(monkeypatch):
-    monkeypatch.setattr(measure, "ours", lambda inputs, replan=False: lambda: inputs.q * math.nan)
+    monkeypatch.setattr(measure, "ours", lambda inputs, **modes: lambda: inputs.q * math.nan)
     row = measure.measure_case(TINY, {"right": reference_adapter}, ms=1, device="cpu")
     assert row["failure"] and row["us"] is None and row["peers"]["right"] > 0
+
+
+class FakeCard:
+    """Calls that take made-up times by a clock of their own, which slows down with all that ran."""
+
+    def __init__(self, drift=0.0):
+        self.now = 0.0
+        self.drift = drift
+        self.slots = []  # (name, calls)
+
+    def run(self, name, us, fail_after=math.inf):
+        def repeat(repeats):
+            if sum(slot == name for slot, _ in self.slots) >= fail_after:
+                raise RuntimeError("out of luck\nsecond line")
+            self.slots.append((name, repeats))
+            times = []
+            for _ in range(repeats):
+                times.append(us * (1 + self.drift * self.now))
+                self.now += times[-1]
+            return times
+
+        return repeat
+
+    def order(self):
+        return [name for name, _ in self.slots]
+
+
+def test_rounds_alternate():
+    card = FakeCard()
+    samples, failures = measure.time_in_rounds({n: card.run(n, 100.0) for n in "abcdef"}, ms=60)
+    estimates, order = card.order()[:6], "".join(card.order()[6:])
+    assert failures == {} and estimates == list("abcdef")
+    assert order == "abcdeffedcbacdefabbafedcefabcddcbafe"
+    assert {calls for _, calls in card.slots[6:]} == {66 + 100}  # of 400 to warm up, and 600
+    assert all(len(times) == 600 for times in samples.values())
+
+
+def test_rounds_take_no_longer_than_one_after_the_other():
+    for us in (3.0, 20.0, 55.0, 300.0, 900.0, 3000.0, 3900.0, 5000.0, 50000.0):
+        rounds, alone = FakeCard(), FakeCard()
+        measure.time_in_rounds({n: rounds.run(n, us) for n in "abcde"})
+        for name in "abcde":
+            measure._time_alone(alone.run(name, us), 120.0)
+        assert rounds.now < 1.1 * alone.now, us
+
+
+def test_rounds_cancel_a_drift():
+    def drifting():
+        card = FakeCard(drift=1e-7)  # 10 % slower after a second
+        return {n: card.run(n, 100.0) for n in "abcdef"}
+
+    alone = {n: measure._time_alone(run, 120.0)[0] for n, run in drifting().items()}
+    assert alone["f"] / alone["a"] > 1.05
+    samples, _ = measure.time_in_rounds(drifting())
+    medians = [statistics.median(times) for times in samples.values()]
+    assert max(medians) / min(medians) < 1.01
+
+
+def test_figures_are_medians_of_what_is_counted():
+    first = []
+
+    def slow_at_first(repeats):  # every slot's warm-up is slow, and a counted call in ten
+        first.append(repeats)
+        warm = 0 if len(first) == 1 else 66
+        return [900.0] * warm + [100.0 if i % 10 else 700.0 for i in range(warm, repeats)]
+
+    samples, _ = measure.time_in_rounds({"a": slow_at_first}, ms=60)
+    assert statistics.median(samples["a"]) == 100.0 and 900.0 not in samples["a"]
+
+
+def test_who_fails_in_a_round_is_out_alone():
+    card = FakeCard()
+    runs = {"a": card.run("a", 10.0), "b": card.run("b", 20.0, 3), "c": card.run("c", 30.0, 0)}
+    samples, failures = measure.time_in_rounds(runs, ms=5)
+    assert failures == {"b": "RuntimeError: out of luck", "c": "RuntimeError: out of luck"}
+    assert set(samples) == {"a"} and set(samples["a"]) == {10.0}
+    assert card.order().count("a") == 7 and card.order().count("b") == 3
+
+
+def test_row_takes_its_times_from_the_rounds(monkeypatch):
+    card, us = FakeCard(), iter((10.0, 12.0, 20.0, 40.0))
+
+    def prepare(call):
+        call()
+        return card.run(f"run {len(card.slots)}", next(us))
+
+    def fails_late(inputs):
+        right, calls = reference_adapter(inputs), []
+
+        def call():
+            calls.append(1)
+            if len(calls) > 1:
+                raise RuntimeError("only once")
+            return right()
+
+        return call
+
+    adapters = {"x": reference_adapter, "late": fails_late, "y": reference_adapter}
+    monkeypatch.setattr(measure, "host_clock_run", prepare)
+    row = measure.measure_case(TINY, adapters, ms=5, device="cpu")
+    assert (row["us"], row["us_with_plan"], row["us_spread"]) == (10.0, 12.0, 0.0)
+    assert row["peers"] == {"x": 20.0, "late": "RuntimeError: only once", "y": 40.0}
+    assert row["tflops"] == pytest.approx(
+        measure.case_flop(TINY, measure.case_lengths(TINY)) / 10e6, rel=1e-3
+    )
 
 
 def test_median_and_spread_of_the_clock():

@@ -2,12 +2,14 @@
 
 Method on a GPU: one call is captured in a CUDA graph, L2 is overwritten before every replay, CUDA
 events stand around the replay alone, and the median counts. On the CPU calls are timed one by one
-with the host's clock, caches as the call before left them.
+with the host's clock, caches as the call before left them. Calls that are compared take turns
+(time_in_rounds), because the clock of a card at its power limit depends on what ran before.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -15,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +31,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The largest error, relative to the reference's largest value, of an output worth timing. Correct
 # kernels show 0.003 to 0.005 in bf16; a wrong mask or page shows 0.1 and more.
 ERROR_LIMIT = 0.02
+
+# Rounds in which calls that are compared take turns. Even: every second one goes backwards.
+ROUNDS = 6
 
 _FLUSH_BYTES = 256 * 2**20
 _WARMUP_MS = 40.0
@@ -66,6 +71,9 @@ class Inputs:
 
 # An adapter: given inputs, does the planning and returns a call that gives out [b, s_q, h_q, 512].
 Adapter = Callable[[Inputs], Callable[[], torch.Tensor]]
+
+# A prepared call: runs so many times, gives the microseconds of each.
+Run = Callable[[int], list[float]]
 
 
 def load_cases(path: str | Path) -> list[Case]:
@@ -170,11 +178,10 @@ def ours(inputs: Inputs, replan: bool = False) -> Callable[[], torch.Tensor]:
     return call
 
 
-def graph_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float, float]:
-    """Times a CUDA call: (median, 90th minus 10th percentile) in microseconds over about `ms` ms.
+def graph_run(fn: Callable[[], object]) -> Run:
+    """Captures a CUDA call in a graph; the run replays it, and times each replay alone.
 
-    The call is captured in a graph; a buffer of at least twice the size of L2 is written before
-    every replay.
+    A buffer of at least twice the size of L2 is written before every replay.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -187,9 +194,10 @@ def graph_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float, floa
         fn()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     flush_bytes = max(_FLUSH_BYTES, 2 * properties.L2_cache_size)
-    flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
 
     def replay(repeats: int) -> list[float]:
+        # Made here, so that the runs of several graphs get the same memory from PyTorch's cache.
+        flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
         starts = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         ends = [torch.cuda.Event(enable_timing=True) for _ in range(repeats)]
         for start, end in zip(starts, ends, strict=True):
@@ -200,11 +208,11 @@ def graph_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float, floa
         torch.cuda.synchronize()
         return [start.elapsed_time(end) * 1e3 for start, end in zip(starts, ends, strict=True)]
 
-    return _median_and_spread(replay, ms)
+    return replay
 
 
-def host_clock_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float, float]:
-    """Times a call on the CPU: (median, 90th minus 10th percentile) in microseconds."""
+def host_clock_run(fn: Callable[[], object]) -> Run:
+    """The run of a call on the CPU, by the host's clock."""
 
     def repeat(repeats: int) -> list[float]:
         times = []
@@ -214,7 +222,76 @@ def host_clock_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float,
             times.append((time.perf_counter() - start) * 1e6)
         return times
 
-    return _median_and_spread(repeat, ms)
+    return repeat
+
+
+def graph_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float, float]:
+    """Times a CUDA call: (median, 90th minus 10th percentile) in microseconds over about `ms` ms."""
+    return _time_alone(graph_run(fn), ms)
+
+
+def host_clock_time(fn: Callable[[], object], ms: float = 120.0) -> tuple[float, float]:
+    """Times a call on the CPU: (median, 90th minus 10th percentile) in microseconds."""
+    return _time_alone(host_clock_run(fn), ms)
+
+
+def time_in_rounds(
+    runs: Mapping[str, Run], ms: float = 120.0
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times calls that are to be compared: ({name: microseconds of each call}, {name: failure}).
+
+    They take turns in ROUNDS rounds, about `ms` ms each over all rounds. In a round each makes
+    warm-up calls that are not counted and then, without a pause, its share of the counted ones. So
+    what the clock and the heat of the card do in the meantime meets all alike.
+    """
+    samples: dict[str, list[float]] = {}
+    failures: dict[str, str] = {}
+    shares: dict[str, tuple[int, int]] = {}
+    for name, run in runs.items():
+        try:
+            shares[name] = _shares(max(min(run(2)), 1.0), ms)
+            samples[name] = []
+        except Exception as error:  # other people's libraries may raise anything
+            failures[name] = _one_line(error)
+    for name in _turns(list(samples)):
+        if name in failures:
+            continue
+        warmup, repeats = shares[name]
+        try:
+            samples[name] += runs[name](warmup + repeats)[warmup:]
+        except Exception as error:
+            failures[name] = _one_line(error)
+            del samples[name]
+    return samples, failures
+
+
+def _turns(names: list[str]) -> Iterator[str]:
+    """Who runs next, through all rounds: each pair of rounds begins with another name, and its
+    second round goes backwards, so that a steady drift of the clock cancels."""
+    pairs = ROUNDS // 2
+    for pair in range(pairs):
+        first = len(names) * pair // pairs
+        order = names[first:] + names[:first]
+        yield from order
+        yield from reversed(order)
+
+
+def _shares(estimate: float, ms: float) -> tuple[int, int]:
+    """Warm-up calls and counted calls of one round, for a call of `estimate` microseconds."""
+    warmup, repeats = _repeats(estimate, ms)
+    return warmup // ROUNDS, math.ceil(repeats / ROUNDS)
+
+
+def _repeats(estimate: float, ms: float) -> tuple[int, int]:
+    """Warm-up calls and counted calls for a call of `estimate` microseconds."""
+    warm = estimate * _MIN_REPEATS >= _WARMUP_MS * 1e3  # as soon as a few calls have run
+    warmup = 0 if warm else _clamp(_WARMUP_MS * 1e3 / estimate)
+    return warmup, _clamp(ms * 1e3 / estimate)
+
+
+def _time_alone(run: Run, ms: float) -> tuple[float, float]:
+    warmup, repeats = _repeats(max(statistics.median(run(3)), 1.0), ms)
+    return _median_and_spread(run(warmup + repeats)[warmup:])
 
 
 def host_time(fn: Callable[[], object], batches: int = 7, calls: int = 50) -> float:
@@ -237,7 +314,7 @@ def measure_case(
     device: str | torch.device = "cuda",
     seed: int = 0,
 ) -> dict:
-    """Checks and times one case, and each peer on the same inputs.
+    """Checks and times one case, and each peer on the same inputs; all take turns.
 
     Returns {name, us, us_spread, us_with_plan, host_us, tflops, gbps, error, peers, peer_host_us}.
     `us` finds the plan made, `us_with_plan` makes it in the timed call; host_us is None on the CPU.
@@ -246,7 +323,7 @@ def measure_case(
     """
     device = torch.device(device)
     inputs = make_inputs(case, device, seed)
-    clock = graph_time if device.type == "cuda" else host_clock_time
+    prepare = graph_run if device.type == "cuda" else host_clock_run
     checked = case.b // 2
     want = reference_request(inputs, checked)
     row: dict = {"name": case.name}
@@ -257,30 +334,46 @@ def measure_case(
         error = relative_error(call()[checked], want)
         if error > ERROR_LIMIT:
             raise ArithmeticError(f"wrong result: error {error:.2g}, limit {ERROR_LIMIT}")
-        return error
+        return _rounded(error)
 
-    try:
-        call = ours(inputs)
-        row["error"] = _rounded(check(call))
-        us, spread = clock(call, ms)
-        us_with_plan, _ = clock(ours(inputs, replan=True), ms)
-        row.update(us=round(us, 2), us_spread=round(spread, 2), us_with_plan=round(us_with_plan, 2))
+    peers = peers or {}
+    own: dict[str, Adapter] = {"us": ours, "us_with_plan": functools.partial(ours, replan=True)}
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    runs: dict[str, Run] = {}
+    failures: dict[str, str] = {}
+    for name, adapter in {**own, **peers}.items():
+        try:
+            calls[name] = adapter(inputs)
+            error = check(calls[name])
+            if name == "us":
+                row["error"] = error
+            runs[name] = prepare(calls[name])
+        except Exception as error:  # other people's libraries may raise anything
+            failures[name] = _one_line(error)
+    samples, failed = time_in_rounds(runs, ms)
+    failures.update(failed)
+    medians = {name: round(statistics.median(times), 2) for name, times in samples.items()}
+    host_us: dict[str, float] = {}
+    for name in samples if device.type == "cuda" else ():
+        try:
+            if name == "us" or name in peers:
+                host_us[name] = round(host_time(calls[name]), 2)
+        except Exception as error:
+            failures[name] = _one_line(error)
+
+    why = [failures[name] for name in own if name in failures]
+    if why:  # a case that fails is a row of the result, not the end of the run
+        row["failure"] = why[0]
+    else:
+        us, spread = _median_and_spread(samples["us"])
+        row.update({name: medians[name] for name in own})
+        row.update(us_spread=round(spread, 2), host_us=host_us.get("us"))
         row["tflops"] = _rounded(case_flop(case, inputs.lengths) / us * 1e-6)
         row["gbps"] = _rounded(case_bytes(case, inputs.lengths) / us * 1e-3)
-        if device.type == "cuda":
-            row["host_us"] = round(host_time(call), 2)
-    except Exception as error:  # a case that fails is a row of the result, not the end of the run
-        row["failure"] = _one_line(error)
-
-    for name, adapter in (peers or {}).items():
-        try:
-            call = adapter(inputs)
-            check(call)
-            row["peers"][name] = round(clock(call, ms)[0], 2)
-            if device.type == "cuda":
-                row["peer_host_us"][name] = round(host_time(call), 2)
-        except Exception as error:  # other people's libraries may raise anything
-            row["peers"][name] = _one_line(error)
+    for name in peers:
+        row["peers"][name] = failures.get(name) or medians[name]
+        if name in host_us:
+            row["peer_host_us"][name] = host_us[name]
     return row
 
 
@@ -333,11 +426,7 @@ def _product_tflops(device: torch.device) -> float:
     return 2.0 * n**3 / us * 1e-6
 
 
-def _median_and_spread(run: Callable[[int], list[float]], ms: float) -> tuple[float, float]:
-    estimate = max(statistics.median(run(3)), 1.0)
-    if estimate * _MIN_REPEATS < _WARMUP_MS * 1e3:
-        run(_clamp(_WARMUP_MS * 1e3 / estimate))
-    times = run(_clamp(ms * 1e3 / estimate))
+def _median_and_spread(times: list[float]) -> tuple[float, float]:
     deciles = statistics.quantiles(times, n=10)
     return statistics.median(times), deciles[-1] - deciles[0]
 
