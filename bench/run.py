@@ -17,6 +17,8 @@ import ledger  # noqa: E402
 
 from flash_mla.cli import measure, peers  # noqa: E402
 
+CASES = [BENCH / "cases/dense.json", BENCH / "cases/dense-small-heads.json"]
+
 
 def finish(row):
     """A row as the result files have it: what a peer could not do moves out of its times."""
@@ -41,7 +43,7 @@ def line(row):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="the CMake build folder")
-    parser.add_argument("--cases", type=Path, default=BENCH / "cases/dense.json")
+    parser.add_argument("--cases", type=Path, nargs="+", default=CASES, metavar="FILE")
     parser.add_argument("--filter", default="", help="only cases whose name matches this pattern")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--ms", type=float, default=120.0, help="time spent on each figure")
@@ -54,7 +56,8 @@ def main():
     stamp = ledger.read_stamp(args.build)
     if stamp is None or not stamp["toolkit"]:
         sys.exit(f"gpu-bench: {args.build} is no CUDA build of these sources; run make gpu-bench")
-    cases = [case for case in measure.load_cases(args.cases) if re.search(args.filter, case.name)]
+    cases = [case for file in args.cases for case in measure.load_cases(file)]
+    cases = [case for case in cases if re.search(args.filter, case.name)]
     adapters, missing = peers.load_peers(dict(peer.split("=", 1) for peer in args.peer))
     for name, why in missing.items():
         print(f"without {name}: {why}", flush=True)

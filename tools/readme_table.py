@@ -1,7 +1,7 @@
 """Writes the performance tables of README.md and docs/performance.md and the plots beside them.
 
-The figures come from the newest file of bench/results for each GPU, from bench/results/cpu, and from bench/cases/dense.json; none
-is written by hand. `--check` writes nothing and fails when a file is not what it would write.
+The figures come from the newest file of bench/results for each GPU, from bench/results/cpu, and from bench/cases; none is written
+by hand. The cases of dense.json are judged; those of MORE_CASES are shown, but no part of the means. `--check` writes nothing and fails when a file is not what it would write.
 """
 
 import math
@@ -14,6 +14,7 @@ import transformers_table
 
 ROOT = ledger.ROOT
 CASES = ROOT / "bench/cases/dense.json"
+MORE_CASES = [ROOT / "bench/cases/dense-small-heads.json"]
 PEERS = {"sgl_flash_mla": "FlashMLA", "fa3_qv": "FA3 qv", "flashinfer_fa3": "FlashInfer"}
 COLORS = {"sgl_flash_mla": "#d1495b", "fa3_qv": "#edae49", "flashinfer_fa3": "#66a182"}
 REGIMES = {
@@ -53,6 +54,11 @@ def geomean(values):
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
+def by_name(document):
+    """The cases of a case file."""
+    return {case["name"]: case for case in document["cases"]}
+
+
 def measured_on(result):
     return (
         f"{result['gpu']}, driver {result['driver']}, CUDA {result['cuda']}, "
@@ -63,10 +69,9 @@ def measured_on(result):
 def summary(result, cases):
     """One row a regime: how our time compares with each peer's, and with the best of them."""
     rows = []
+    judged = [row for row in result["rows"] if row["name"] in cases and row["us"]]
     for regime, meaning in REGIMES.items():
-        group = [
-            row for row in result["rows"] if cases[row["name"]]["regime"] == regime and row["us"]
-        ]
+        group = [row for row in judged if cases[row["name"]]["regime"] == regime]
         ratios = {
             peer: geomean([row["peers"][peer] / row["us"] for row in group if peer in row["peers"]])
             for peer in PEERS
@@ -79,9 +84,11 @@ def summary(result, cases):
 
 
 def details(result, cases):
-    """One row a case: times in microseconds."""
+    """One row a case that was measured: times in microseconds. Empty when none was."""
     rows = []
     for row in result["rows"]:
+        if row["name"] not in cases:
+            continue
         case = cases[row["name"]]
         tokens = f"{case['s_kv']}{' v' if case['varlen'] else ''}"
         shape = [str(case["b"]), str(case["s_q"]), str(case["h_q"]), tokens]
@@ -90,7 +97,7 @@ def details(result, cases):
         rates = [number(row["tflops"], 0), number(row["gbps"], 0)]
         rows.append([*shape, *ours, *theirs, number(best_ratio(row), 2), *rates])
     header = ["b", "s_q", "h_q", "s_kv", "ours", "with plan", "host", *PEERS.values()]
-    return table([*header, "best / ours", "TFLOPS", "GB/s"], rows)
+    return table([*header, "best / ours", "TFLOPS", "GB/s"], rows) if rows else ""
 
 
 def floors(document):
@@ -185,10 +192,13 @@ def fill(text, name, content):
 def documents():
     """{file: contents} of everything that is generated."""
     document = ledger.read(CASES)
-    cases = {case["name"]: case for case in document["cases"]}
+    cases = by_name(document)
+    more = {name: case for file in MORE_CASES for name, case in by_name(ledger.read(file)).items()}
     results = newest_per_gpu()
     short, full, files = [], [], {}
     for result in results:
+        if unknown := {row["name"] for row in result["rows"]} - cases.keys() - more.keys():
+            sys.exit(f"readme_table: {', '.join(sorted(unknown))}: in no file of bench/cases")
         name = f"performance-{slug(result['gpu'])}.svg"
         files[ROOT / "docs" / name] = plot(result)
         short.append(f"{measured_on(result)}; geometric means of speed, ours over theirs:\n")
@@ -197,6 +207,9 @@ def documents():
         full.append(f"### {result['gpu']}\n\n{measured_on(result)}, GPU code {result['digest']}.\n")
         full.append(summary(result, cases) + "\n")
         full.append(details(result, cases) + "\n")
+        if extra := details(result, more):
+            full.append("Timed beside them, and no part of the means above:\n")
+            full.append(extra + "\n")
     none = "No result has been committed yet: `make gpu-bench` on a Hopper GPU writes one."
     readme, page = ROOT / "README.md", ROOT / "docs/performance.md"
     text = fill(readme.read_text(), "performance", "\n".join(short).strip() or none)

@@ -10,7 +10,7 @@ import torch
 
 from flash_mla.cli import measure, roofline
 
-CASES = Path(__file__).resolve().parents[2] / "bench" / "cases" / "dense.json"
+CASES = sorted((Path(__file__).resolve().parents[2] / "bench" / "cases").glob("*.json"))
 TINY = measure.Case("tiny", b=3, s_q=2, h_q=4, s_kv=130, varlen=True)
 
 
@@ -20,9 +20,18 @@ def reference_adapter(inputs):
     return lambda: torch.stack([measure.reference_request(inputs, i) for i in requests])
 
 
-def test_dense_cases_have_the_tokens_they_say():
-    tokens = [case["tokens"] for case in json.loads(CASES.read_text())["cases"]]
-    assert [sum(measure.case_lengths(case)) for case in measure.load_cases(CASES)] == tokens
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_cases_have_the_names_and_the_tokens_they_say(path):
+    entries, cases = json.loads(path.read_text())["cases"], measure.load_cases(path)
+    assert [sum(measure.case_lengths(case)) for case in cases] == [e["tokens"] for e in entries]
+    for case in cases:
+        v = "v" if case.varlen else ""
+        assert case.name == f"dense-b{case.b}-sq{case.s_q}-h{case.h_q}-kv{case.s_kv}{v}"
+
+
+def test_no_case_is_in_two_files():
+    names = [case.name for path in CASES for case in measure.load_cases(path)]
+    assert len(CASES) == 2 and len(set(names)) == len(names)
 
 
 def test_case_file_may_be_a_plain_list(tmp_path):

@@ -193,3 +193,10 @@ def test_tables_of_a_result():
     )
     assert "| 1 | 1.25 | 2.00 | - | 1.25 |" in readme_table.summary(result, cases)
     assert readme_table.plot(result).count("<circle") == 4
+    assert readme_table.details(result, {}) == ""
+
+    more = {"more": {**cases["a"], "regime": "T", "h_q": 8}}
+    result["rows"].append({**row, "name": "more", "us": 100.0})
+    assert "| 1 | 1.25 | 2.00 | - | 1.25 |" in readme_table.summary(result, cases)
+    assert readme_table.details(result, cases).count("\n") == 2
+    assert "| 2 | 1 | 8 | 64 v | 100.0 |" in readme_table.details(result, more)
