@@ -85,6 +85,10 @@ def summary(result, cases):
 
 def details(result, cases):
     """One row a case that was measured: times in microseconds. Empty when none was."""
+    own = {"us": "ours", "us_with_plan": "with plan", "us_batch_invariant": "batch invariant"}
+    own["host_us"] = "host"
+    # Older results lack some.
+    own = {key: name for key, name in own.items() if any(key in row for row in result["rows"])}
     rows = []
     for row in result["rows"]:
         if row["name"] not in cases:
@@ -92,11 +96,11 @@ def details(result, cases):
         case = cases[row["name"]]
         tokens = f"{case['s_kv']}{' v' if case['varlen'] else ''}"
         shape = [str(case["b"]), str(case["s_q"]), str(case["h_q"]), tokens]
-        ours = [number(row["us"]), number(row["us_with_plan"]), number(row["host_us"])]
+        ours = [number(row.get(key)) for key in own]
         theirs = [number(row["peers"].get(peer)) for peer in PEERS]
         rates = [number(row["tflops"], 0), number(row["gbps"], 0)]
         rows.append([*shape, *ours, *theirs, number(best_ratio(row), 2), *rates])
-    header = ["b", "s_q", "h_q", "s_kv", "ours", "with plan", "host", *PEERS.values()]
+    header = ["b", "s_q", "h_q", "s_kv", *own.values(), *PEERS.values()]
     return table([*header, "best / ours", "TFLOPS", "GB/s"], rows) if rows else ""
 
 

@@ -290,7 +290,9 @@ def test_bench_filter_and_output(cases, capsys):
     flags = ["--cases", cases, "--device", "cpu", "--ms", "1"]
     assert main(["bench", *flags, "--filter", "t?o", "--csv"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("name,us,us_spread,us_with_plan,host_us,tflops,gbps,error")
+    assert lines[0].startswith(
+        "name,us,us_spread,us_with_plan,us_batch_invariant,host_us,tflops,gbps,error"
+    )
     assert [line.partition(",")[0] for line in lines[1:]] == ["two"]
     assert main(["bench", *flags, "--filter", "three"]) == 2
     assert "matches none of 2 cases" in capsys.readouterr().err

@@ -102,15 +102,30 @@ def test_row(device):
     row = measure.measure_case(TINY, adapters, ms=5, device=device)
     assert "failure" not in row, row
     assert list(row) == [
-        *("name", "us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps", "error"),
-        *("peers", "peer_host_us"),
+        *("name", "us", "us_spread", "us_with_plan", "us_batch_invariant", "host_us"),
+        *("tflops", "gbps", "error", "peers", "peer_host_us"),
     ]
-    assert row["us"] > 0 and row["us_with_plan"] > 0 and row["us_spread"] >= 0
+    assert row["us"] > 0 and row["us_with_plan"] > 0 and row["us_batch_invariant"] > 0
+    assert row["us_spread"] >= 0
     assert 0 < row["error"] < measure.ERROR_LIMIT and (row["host_us"] is None) == (device == "cpu")
     assert row["peers"]["right"] > 0
     assert row["peers"]["wrong"].startswith("ArithmeticError: wrong result")
     assert row["peers"]["broken"] == "RuntimeError: no such kernel"
     assert json.loads(json.dumps(row)) == row
+
+
+def test_batch_invariant_asks_for_it(monkeypatch):
+    asked = []
+
+    def decode(*args, enable_batch_invariant, **kwargs):
+        asked.append(enable_batch_invariant)
+        return (None,)
+
+    monkeypatch.setattr(measure.flash_mla, "flash_mla_with_kvcache", decode)
+    inputs = measure.make_inputs(TINY, "cpu")
+    for modes in ({}, {"replan": True}, {"batch_invariant": True}):
+        measure.ours(inputs, **modes)()
+    assert asked == [False, False, True]
 
 
 def test_our_failure_is_a_row(monkeypatch):
@@ -197,7 +212,7 @@ def test_who_fails_in_a_round_is_out_alone():
 
 
 def test_row_takes_its_times_from_the_rounds(monkeypatch):
-    card, us = FakeCard(), iter((10.0, 12.0, 20.0, 40.0))
+    card, us = FakeCard(), iter((10.0, 12.0, 15.0, 20.0, 40.0))
 
     def prepare(call):
         call()
@@ -217,7 +232,8 @@ def test_row_takes_its_times_from_the_rounds(monkeypatch):
     adapters = {"x": reference_adapter, "late": fails_late, "y": reference_adapter}
     monkeypatch.setattr(measure, "host_clock_run", prepare)
     row = measure.measure_case(TINY, adapters, ms=5, device="cpu")
-    assert (row["us"], row["us_with_plan"], row["us_spread"]) == (10.0, 12.0, 0.0)
+    assert (row["us"], row["us_with_plan"], row["us_batch_invariant"]) == (10.0, 12.0, 15.0)
+    assert row["us_spread"] == 0.0
     assert row["peers"] == {"x": 20.0, "late": "RuntimeError: only once", "y": 40.0}
     assert row["tflops"] == pytest.approx(
         measure.case_flop(TINY, measure.case_lengths(TINY)) / 10e6, rel=1e-3

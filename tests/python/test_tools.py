@@ -194,6 +194,11 @@ def test_tables_of_a_result():
     assert "| 1 | 1.25 | 2.00 | - | 1.25 |" in readme_table.summary(result, cases)
     assert readme_table.plot(result).count("<circle") == 4
     assert readme_table.details(result, {}) == ""
+    assert "batch invariant" not in readme_table.details(result, cases)
+    row["us_batch_invariant"] = 14.0
+    table = readme_table.details(result, cases)
+    assert "| ours | with plan | batch invariant | host | FlashMLA |" in table
+    assert "| 64 v | 10.0 | 11.0 | 14.0 | 8.0 | 12.5 |" in table
 
     more = {"more": {**cases["a"], "regime": "T", "h_q": 8}}
     result["rows"].append({**row, "name": "more", "us": 100.0})

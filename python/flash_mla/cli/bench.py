@@ -28,7 +28,10 @@ _SMALL_CASES = Path(__file__).with_name("small_cases.json")
 _FAILED = "[red]failed[/]"
 _LIVE_MARGIN = 6  # lines of the screen that the live table leaves for its head and the bar
 _PLAIN_WIDTH = 160  # columns of a table that goes to a file
-_CSV_COLUMNS = ("name", "us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps", "error")
+_CSV_COLUMNS = (
+    *("name", "us", "us_spread", "us_with_plan", "us_batch_invariant", "host_us"),
+    *("tflops", "gbps", "error"),
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

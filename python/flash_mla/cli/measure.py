@@ -157,7 +157,9 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def ours(inputs: Inputs, replan: bool = False) -> Callable[[], torch.Tensor]:
+def ours(
+    inputs: Inputs, replan: bool = False, batch_invariant: bool = False
+) -> Callable[[], torch.Tensor]:
     """The decode call of this package; with `replan` every call plans anew."""
     metadata, _ = flash_mla.get_mla_metadata()
 
@@ -173,6 +175,7 @@ def ours(inputs: Inputs, replan: bool = False) -> Callable[[], torch.Tensor]:
             metadata,
             softmax_scale=inputs.softmax_scale,
             causal=True,
+            enable_batch_invariant=batch_invariant,
         )[0]
 
     return call
@@ -316,8 +319,9 @@ def measure_case(
 ) -> dict:
     """Checks and times one case, and each peer on the same inputs; all take turns.
 
-    Returns {name, us, us_spread, us_with_plan, host_us, tflops, gbps, error, peers, peer_host_us}.
-    `us` finds the plan made, `us_with_plan` makes it in the timed call; host_us is None on the CPU.
+    Returns {name, us, us_spread, us_with_plan, us_batch_invariant, host_us, tflops, gbps, error,
+    peers, peer_host_us}. `us` finds the plan made, `us_with_plan` makes it in the timed call,
+    `us_batch_invariant` splits no request (enable_batch_invariant); host_us is None on the CPU.
     `error` is relative_error() of one request. What a peer could not do is its text under `peers`;
     what ours could not do is under `failure`, and the timings are None.
     """
@@ -327,7 +331,8 @@ def measure_case(
     checked = case.b // 2
     want = reference_request(inputs, checked)
     row: dict = {"name": case.name}
-    row.update(dict.fromkeys(("us", "us_spread", "us_with_plan", "host_us", "tflops", "gbps")))
+    row.update(dict.fromkeys(("us", "us_spread", "us_with_plan", "us_batch_invariant")))
+    row.update(dict.fromkeys(("host_us", "tflops", "gbps")))
     row.update(error=None, peers={}, peer_host_us={})
 
     def check(call: Callable[[], torch.Tensor]) -> float:
@@ -337,7 +342,11 @@ def measure_case(
         return _rounded(error)
 
     peers = peers or {}
-    own: dict[str, Adapter] = {"us": ours, "us_with_plan": functools.partial(ours, replan=True)}
+    own: dict[str, Adapter] = {
+        "us": ours,
+        "us_with_plan": functools.partial(ours, replan=True),
+        "us_batch_invariant": functools.partial(ours, batch_invariant=True),
+    }
     calls: dict[str, Callable[[], torch.Tensor]] = {}
     runs: dict[str, Run] = {}
     failures: dict[str, str] = {}
