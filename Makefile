@@ -87,9 +87,10 @@ gpu-build: $(READY)
 	@if $(PY) tools/ledger.py built $(BUILD); then $(MAKE) --no-print-directory link; else $(MAKE) --no-print-directory build; fi
 
 gpu-pack: build  ## gather what gpu-test and gpu-bench need in build/gpu, for a machine without a network
-	@rm -rf build/gpu && mkdir -p build/gpu/python build/gpu/tests/cpp
+	@rm -rf build/gpu && mkdir -p build/gpu/python build/gpu/tests/cpp build/gpu/bench
 	@cp $(BUILD)/stamp.json build/gpu && cp $(BUILD)/python/_C.abi3.so build/gpu/python
 	@cp $(BUILD)/tests/cpp/flash_mla_tests build/gpu/tests/cpp || echo 'gpu-pack: no C++ tests (no GoogleTest?)'
+	@cp $(BUILD)/bench/flash_mla_host_time build/gpu/bench || echo 'gpu-pack: no C++ benchmark (no nvcc?)'
 	@echo 'There: make gpu-test BUILD=build/gpu VENV=none'
 
 gpu-test: gpu-build  ## run the GPU suites on a Hopper GPU and write tests/gpu-ledger.json

@@ -6,7 +6,9 @@ needs: which GPU code was measured (the ledger's digest), on what, and when. ben
 
 import argparse
 import datetime
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +42,20 @@ def line(row):
     )
 
 
+def cpp_host_us(build):
+    """What bench/cpp/host_time.cpp measures: (rows, "") or (None, why there are none)."""
+    program = (build / "bench/flash_mla_host_time").resolve()
+    if not program.exists():
+        return None, f"{program} was not built"
+    try:
+        done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, str(error)
+    if done.returncode:
+        return None, done.stderr.strip() or f"{program} ended with {done.returncode}"
+    return [json.loads(text) for text in done.stdout.splitlines()], ""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, required=True, help="the CMake build folder")
@@ -68,6 +84,11 @@ def main():
     result = {"gpu": gpu[0], "driver": gpu[1], "cuda": ".".join(stamp["toolkit"].split(".")[:2])}
     result |= {"toolkit": stamp["toolkit"], "torch": measure.machine("cuda")["torch"], "date": date}
     result |= {"digest": stamp["digest"], "rounds": measure.ROUNDS}
+    cpp, why = cpp_host_us(args.build)
+    if cpp is None:
+        print(f"without the host time of the C++ calls: {why}", flush=True)
+    else:
+        result["cpp_host_us"] = cpp
     result |= {"ceilings": measure.measure_ceilings("cuda"), "rows": []}
     for case in cases:
         row = finish(measure.measure_case(case, adapters, args.ms))

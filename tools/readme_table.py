@@ -104,6 +104,15 @@ def details(result, cases):
     return table([*header, "best / ours", "TFLOPS", "GB/s"], rows) if rows else ""
 
 
+def cpp_host(result):
+    """What the C++ calls cost the host, one row a shape. Empty where it was not measured."""
+    rows = [
+        [str(row["b"]), str(row["h_q"]), number(row["decode_us"]), number(row["plan_decode_us"])]
+        for row in result.get("cpp_host_us", [])
+    ]
+    return table(["b", "h_q", "decode()", "plan_decode()"], rows) if rows else ""
+
+
 def floors(document):
     """What each case must move and compute, and the time below which it cannot go."""
     model = document["floor"]
@@ -214,6 +223,9 @@ def documents():
         if extra := details(result, more):
             full.append("Timed beside them, and no part of the means above:\n")
             full.append(extra + "\n")
+        if host := cpp_host(result):
+            full.append("Microseconds that a call of the C++ library keeps the host:\n")
+            full.append(host + "\n")
     none = "No result has been committed yet: `make gpu-bench` on a Hopper GPU writes one."
     readme, page = ROOT / "README.md", ROOT / "docs/performance.md"
     text = fill(readme.read_text(), "performance", "\n".join(short).strip() or none)

@@ -1,5 +1,7 @@
 """Tests of tools/: the ledger's digest and verdict, the spill check, the counts of GPU suites, the generated tables."""
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -174,6 +176,40 @@ def test_generated_text_goes_between_the_markers():
     assert readme_table.fill(text, "t", "new") == want
     with pytest.raises(SystemExit, match="the markers of u are missing"):
         readme_table.fill(text, "u", "new")
+
+
+@pytest.fixture
+def bench_run():
+    """bench/run.py as a module."""
+    spec = importlib.util.spec_from_file_location("bench_run", ROOT / "bench/run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_host_time_of_the_cpp_calls(bench_run, tmp_path):
+    assert bench_run.cpp_host_us(tmp_path)[1].endswith("flash_mla_host_time was not built")
+    program = tmp_path / "bench/flash_mla_host_time"
+    program.parent.mkdir()
+    row = {"b": 1, "s_q": 1, "h_q": 16, "s_kv": 1024, "decode_us": 3.25, "plan_decode_us": 2.5}
+
+    def answers(text):
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+        return bench_run.cpp_host_us(tmp_path)
+
+    assert answers(f"echo '{json.dumps(row)}'\necho '{json.dumps(row)}'") == ([row, row], "")
+    assert answers("echo no GPU >&2; exit 1") == (None, "no GPU")
+    assert answers("exit 3")[1].endswith("ended with 3")
+    result = {"cpp_host_us": [row]}
+    assert readme_table.cpp_host(result).endswith("| 1 | 16 | 3.2 | 2.5 |")
+    assert readme_table.cpp_host({}) == ""
+
+
+def test_all_case_files_are_timed_and_shown(bench_run):
+    files = sorted((ROOT / "bench/cases").glob("*.json"))
+    assert sorted(bench_run.CASES) == sorted([readme_table.CASES, *readme_table.MORE_CASES])
+    assert sorted(bench_run.CASES) == files
 
 
 def test_tables_of_a_result():
