@@ -154,7 +154,7 @@ def _attend(
         tensors.table,
         tensors.lengths,
         D_LATENT,
-        tensors.metadata,
+        None,  # a plan is a hint, and takes a launch to write
         softmax_scale=scaling,
         causal=True,
     )

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import flash_mla
 from flash_mla.pages import Pages
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ class StepTensors:
     table: torch.Tensor  # (b, max_pages) int32
     lengths: torch.Tensor  # (b,) int32, with the step's tokens
     slots: torch.Tensor  # (b * s_q,) int64, -1 for padding
-    metadata: Any  # what get_mla_metadata returned first
     moves: tuple[torch.Tensor, torch.Tensor] | None  # slots (n,) int64 from and to
     # (b * s_q,) int64: the new tokens of each row, padding first; None where it is first already. In this
     # order the kernel's causal mask, which counts from the last key, is the right one for real tokens.
@@ -405,7 +403,6 @@ class LatentRows:
         held = self._tensors.get(device)
         if held is not None and held.clock == self.clock:
             return held
-        metadata, _ = flash_mla.get_mla_metadata()
         # Ordinary tensors even under inference_mode: they outlive it.
         with torch.inference_mode(False):
             table = self._table_on(device)
@@ -417,7 +414,7 @@ class LatentRows:
                 lengths = _upload(lengths, device)
                 slots = _upload(self._new_slots(), device)
             moves, order = self._moves(device), self._order(device)
-        made = StepTensors(self.clock, table, lengths, slots, metadata, moves, order)
+        made = StepTensors(self.clock, table, lengths, slots, moves, order)
         self._tensors[device] = made
         return made
 
