@@ -41,6 +41,10 @@ class StepTensors:
 
     clock: int
     table: torch.Tensor  # (b, max_pages) int32
+    # Of this step and those to come as long as each row gets one token more, in the same page: nothing
+    # is computed or uploaded then. (steps, b) int32 and (steps, b * s_q) int64.
+    coming: tuple[torch.Tensor, torch.Tensor]
+    number: int  # of the step among them
     lengths: torch.Tensor  # (b,) int32, with the step's tokens
     slots: torch.Tensor  # (b * s_q,) int64, -1 for padding
     moves: tuple[torch.Tensor, torch.Tensor] | None  # slots (n,) int64 from and to
@@ -407,14 +411,12 @@ class LatentRows:
         with torch.inference_mode(False):
             table = self._table_on(device)
             if held is not None and self._advances and held.clock == self.clock - 1:
-                # One more token in each last page: no upload.
-                lengths, slots = held.lengths + 1, held.slots + 1
+                coming, number = held.coming, held.number + 1
             else:
-                lengths = torch.tensor(self.tokens, dtype=torch.int32, device="cpu")
-                lengths = _upload(lengths, device)
-                slots = _upload(self._new_slots(), device)
+                coming, number = self._coming(device), 0
+            lengths, slots = coming[0][number], coming[1][number]
             moves, order = self._moves(device), self._order(device)
-        made = StepTensors(self.clock, table, lengths, slots, moves, order)
+        made = StepTensors(self.clock, table, coming, number, lengths, slots, moves, order)
         self._tensors[device] = made
         return made
 
@@ -424,6 +426,16 @@ class LatentRows:
             table = _upload(self._table, device)
             self._tables[device] = self._table_version, table
         return table
+
+    def _coming(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lengths and slots of this step, and of those that may go on like it."""
+        steps = 1
+        if self.step.s_q == 1 and self._new is None:  # up to the first last page that is full then
+            steps = min((-tokens % PAGE_SIZE for tokens in self.tokens), default=0) + 1
+        later = torch.arange(steps, dtype=torch.int64, device="cpu")[:, None]
+        lengths = torch.tensor(self.tokens, dtype=torch.int64, device="cpu") + later
+        slots = self._new_slots() + later
+        return _upload(lengths.int(), device), _upload(slots, device)
 
     def _new_slots(self) -> torch.Tensor:
         """Where the step's tokens go, (b * s_q,) int64 on the CPU."""
