@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .controller import Controller
 
 NAME = "mla_absorbed"  # of the attention function; one with "flash" in it gets the masks of FlashAttention
+_UNSUPPORTED = {"sliding_window", "softcap", "s_aux", "position_bias", "indices"}
 
 
 class LayerConfig:
@@ -133,23 +134,25 @@ def _attend(
     if is_pages(key):
         return _attend_static(module, query, key, value, scaling), None
     latents, layer.pending = layer.pending, None
-    for name in ("sliding_window", "softcap", "s_aux", "position_bias", "indices"):
-        if kwargs.get(name) is not None:
+    for name in _UNSUPPORTED & kwargs.keys():
+        if kwargs[name] is not None:
             raise NotImplementedError(f"flash_mla: {name} of {layer.name} is not supported")
     b, h, s_q, _ = query.shape
     w_uk, w_uv = layer.ready
     tensors = latents.rows.tensors(latents.device)
 
-    rows = query.transpose(1, 2).reshape(b * s_q, h, -1)  # a view where s_q is 1
+    n = b * s_q
+    heads = query.transpose(0, 1).reshape(h, n, -1)  # a view where b or s_q is 1
     if tensors.order is not None:
-        rows = rows[tensors.order]
-    q = query.new_empty(b * s_q, h, D_LATENT + D_ROPE)
-    torch.bmm(
-        rows[..., : layer.d_nope].transpose(0, 1), w_uk, out=q[..., :D_LATENT].transpose(0, 1)
-    )
-    q[..., D_LATENT:] = rows[..., layer.d_nope :]
+        heads = heads[:, tensors.order]
+    nope, rope = heads.split_with_sizes((layer.d_nope, D_ROPE), 2)
+    # Kept for the layers and steps that follow where it is small; a chunk's would take up memory.
+    kept = tensors.queries if s_q == 1 else {}
+    q, q_latent, q_rope = _query_room(query, kept)
+    torch.bmm(nope, w_uk, out=q_latent)
+    q_rope.copy_(rope)
     out, _ = flash_mla.flash_mla_with_kvcache(
-        q.view(b, s_q, h, -1),
+        q,
         latents.pages,
         tensors.table,
         tensors.lengths,
@@ -158,12 +161,28 @@ def _attend(
         softmax_scale=scaling,
         causal=True,
     )
-    result = query.new_empty(b * s_q, h, w_uv.shape[2])
-    torch.bmm(out.view(b * s_q, h, -1).transpose(0, 1), w_uv, out=result.transpose(0, 1))
+    result = query.new_empty(n, h, w_uv.shape[2])
+    torch.bmm(out.view(n, h, -1).transpose(0, 1), w_uv, out=result.transpose(0, 1))
     if tensors.order is not None:
         result = torch.empty_like(result).index_copy_(0, tensors.order, result)
     layer.controller.count(layer, absorbed=True)
     return result.view(b, s_q, h, -1), None
+
+
+def _query_room(query: torch.Tensor, kept: dict[Any, Any]) -> tuple[torch.Tensor, ...]:
+    """Room for an absorbed query (b, s_q, h, 576), and its two parts by head, (h, b * s_q, 512 and 64).
+
+    Layers run one after the other in one stream, and nobody else sees a query: one is enough for all
+    layers of a device. `kept` belongs to steps of one b and s_q.
+    """
+    b, h, s_q, _ = query.shape
+    key = (h, query.dtype)
+    if key not in kept:
+        with torch.inference_mode(False):  # it outlives it
+            q = torch.empty((b, s_q, h, D_LATENT + D_ROPE), dtype=query.dtype, device=query.device)
+            by_head = q.view(b * s_q, h, -1).transpose(0, 1)
+            kept[key] = q, *by_head.split_with_sizes((D_LATENT, D_ROPE), 2)
+    return kept[key]
 
 
 def _attend_static(

@@ -180,35 +180,42 @@ class Decoder:
             absorbed, reason = False, unknown
         if absorbed:
             self._make_ready(held)
-            able = [
-                i
-                for i in held
-                if not self.layers[i]._flash_mla.obstacle and not _is_unused(held[i])
-            ]
-            present, held = list(held), {}  # what is moved into pages must be free to go
-            left = _cache.adopt(call.cache, able, None if mask is KEEP else mask, control.max_pages)
-            for index, why in left.items():
-                self.layers[index]._flash_mla.obstacle = why
-            held = {index: call.cache.layers[index] for index in present}
-            rows = _rows_of(held)
+            if any(type(layer) is not LatentLayer for layer in held.values()):
+                self._adopt(call, held, None if mask is KEEP else mask)
+                rows = _rows_of(held)
         if rows:
             if rows.batch != call.b:
                 raise ValueError(
                     f"flash_mla: {call.b} rows of tokens, the cache holds {rows.batch}"
                 )
             rows.begin(call.s_q, mask, absorbed)
-            for index, layer in held.items():
-                if type(layer) is LatentLayer:
-                    layer.absorbs = not self.layers[index]._flash_mla.obstacle
         if reason:
             control.fall_back(reason)
         if not absorbed:
             return False
         control.kind = "fallback"  # of the layers that cannot
-        obstacles = {self.layers[index]._flash_mla.obstacle for index in held} - {""}
+        obstacles = set()
+        for index, layer in held.items():
+            obstacle = self.layers[index]._flash_mla.obstacle
+            if type(layer) is LatentLayer:
+                layer.absorbs = not obstacle
+            if obstacle:
+                obstacles.add(obstacle)
         for obstacle in sorted(obstacles):
             control.warn(obstacle)
         return rows is not None and not obstacles
+
+    def _adopt(self, call: _Call, held: dict[int, Any], mask: Any) -> None:
+        """Moves the layers of a cache that can be into pages, and says of the others why not."""
+        able = [
+            i for i in held if not self.layers[i]._flash_mla.obstacle and not _is_unused(held[i])
+        ]
+        present = list(held)
+        held.clear()  # what is moved into pages must be free to go
+        left = _cache.adopt(call.cache, able, mask, self.controller.max_pages)
+        for index, why in left.items():
+            self.layers[index]._flash_mla.obstacle = why
+        held.update((index, call.cache.layers[index]) for index in present)
 
     def _plan_static(self, call: _Call, held: dict[int, Any]) -> bool:
         """Plans a pass over a static cache. Returns whether every layer runs absorbed.

@@ -51,6 +51,7 @@ class StepTensors:
     # (b * s_q,) int64: the new tokens of each row, padding first; None where it is first already. In this
     # order the kernel's causal mask, which counts from the last key, is the right one for real tokens.
     order: torch.Tensor | None
+    queries: dict[Any, Any]  # room for the layers' queries, see attention.py
 
 
 @dataclasses.dataclass
@@ -144,8 +145,9 @@ class LatentRows:
         self._undo = undo
         try:
             moves = self._make_room(change, s_q)
-            for layer in self.layers:
-                layer.reserve(len(self.pool))
+            if undo.taken:
+                for layer in self.layers:
+                    layer.reserve(len(self.pool))
         except BaseException:
             self._roll_back()
             raise
@@ -411,12 +413,12 @@ class LatentRows:
         with torch.inference_mode(False):
             table = self._table_on(device)
             if held is not None and self._advances and held.clock == self.clock - 1:
-                coming, number = held.coming, held.number + 1
+                coming, number, queries = held.coming, held.number + 1, held.queries
             else:
-                coming, number = self._coming(device), 0
+                coming, number, queries = self._coming(device), 0, {}
             lengths, slots = coming[0][number], coming[1][number]
             moves, order = self._moves(device), self._order(device)
-        made = StepTensors(self.clock, table, coming, number, lengths, slots, moves, order)
+        made = StepTensors(self.clock, table, coming, number, lengths, slots, moves, order, queries)
         self._tensors[device] = made
         return made
 

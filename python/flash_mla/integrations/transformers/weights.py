@@ -44,8 +44,8 @@ class AbsorbedWeights:
         self, projection: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The two weights in dtype on device. Raises NotAbsorbable."""
-        if _is_plain(projection, dtype, device):
-            weight = projection.weight
+        weight = _plain_weight(projection)
+        if weight is not None and weight.dtype == dtype and weight.device == device:
             key = (id(projection), id(weight), weight.data_ptr())
             if key != self._key:
                 self._weights = self._split(weight.detach())
@@ -115,20 +115,15 @@ class AbsorbedWeights:
         )
 
 
-def _is_plain(projection: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
-    """A linear layer whose weight may be used in its place: no subclass, bias, hook or own forward."""
+def _plain_weight(projection: nn.Module) -> torch.Tensor | None:
+    """The weight of a linear layer that it may stand for: no subclass, bias, hook or own forward."""
     if type(projection) is not nn.Linear or projection.bias is not None:
-        return False
+        return None
     if projection._forward_hooks or projection._forward_pre_hooks:
-        return False
+        return None
     weight = projection.weight
-    return (
-        "forward" not in projection.__dict__
-        and type(weight) in (nn.Parameter, torch.Tensor)
-        and weight.dtype == dtype
-        and weight.device == device
-        and weight.is_contiguous()
-    )
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and weight.is_contiguous()
+    return weight if plain and "forward" not in projection.__dict__ else None
 
 
 def _parts(projection: nn.Module) -> list[tuple[nn.Module, list[str]]]:
