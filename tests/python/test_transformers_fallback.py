@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from test_transformers_logits import assert_as_good
-from tiny_models import build, forward, padded, tokens
+from tiny_models import build, cache_name, forward, padded, tokens
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -121,6 +121,21 @@ def test_wanted_gradients(model) -> None:
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     expect(model, "gradients are wanted (it is not under torch.no_grad())", run, fallback=6)
+
+
+def test_gradients_of_embeddings_through_frozen_layers(model) -> None:
+    """As prompt tuning wants them."""
+    ids = tokens(2, 12)
+
+    def run(model):
+        model.requires_grad_(False)
+        embeddings = model.get_input_embeddings()(ids[:, 10:]).requires_grad_()
+        cache = DynamicCache()
+        forward(model, ids[:, :10], cache)
+        model(inputs_embeds=embeddings, **{cache_name(): cache}).logits.square().mean().backward()
+        return embeddings.grad
+
+    expect(model, "gradients are wanted (it is not under torch.no_grad())", run, fallback=2)
 
 
 def test_gradients_are_wanted_of_pages(model) -> None:

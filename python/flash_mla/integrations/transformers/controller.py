@@ -165,7 +165,7 @@ class Decoder:
         rows = _rows_of(held)
         length = rows.length if rows else _length_of(held)
         reason = self._obstacle(call, held, length)
-        if length and self._wants_gradients():
+        if length and self._wants_gradients(call):
             reason = reason or "gradients are wanted (it is not under torch.no_grad())"
             rows = _give_back(call.cache, rows)
         if not length:
@@ -226,7 +226,7 @@ class Decoder:
         control = self.controller
         length = max(int(layer.get_seq_length()) for layer in held.values())
         reason = self._obstacle(call, held, length)
-        if self._wants_gradients():
+        if self._wants_gradients(call):
             reason = reason or "gradients are wanted (it is not under torch.no_grad())"
         if not reason and not _is_dense(call, length):
             reason = "there is padding, or more than padding, in the mask of a static cache"
@@ -291,11 +291,11 @@ class Decoder:
             return "output_attentions is set"
         return ""
 
-    def _wants_gradients(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            parameter.requires_grad
-            for module in self.layers.values()
-            for parameter in module.parameters()
+    def _wants_gradients(self, call: _Call) -> bool:
+        """Whether gradients flow through the layers: of what the decoder has, or of what it is given."""
+        return torch.is_grad_enabled() and (
+            call.tokens.requires_grad
+            or any(parameter.requires_grad for parameter in self.module.parameters())
         )
 
     def _recheck_weights(self) -> None:
