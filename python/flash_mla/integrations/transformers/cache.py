@@ -187,11 +187,10 @@ class LatentLayer(CacheLayerMixin):
             ) from error
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        if keys.requires_grad or values.requires_grad:
+            keys, values = keys.detach(), values.detach()
         append_kv_cache(
-            keys.detach().reshape(-1, D_LATENT),
-            values.detach().reshape(-1, D_ROPE),
-            self.pages,
-            slots,
+            keys.reshape(-1, D_LATENT), values.reshape(-1, D_ROPE), self.pages, slots
         )
 
 

@@ -22,6 +22,8 @@ from .rows import KEEP
 from .static import StaticLatentLayer
 from .weights import NotAbsorbable
 
+_STATIC = {StaticLayer, StaticLatentLayer}
+_KNOWN = {DynamicLayer, LatentLayer, *_STATIC}
 _DTYPES = {
     "cpu": (torch.bfloat16, torch.float16, torch.float32),
     "cuda": (torch.bfloat16, torch.float16),
@@ -160,9 +162,10 @@ class Decoder:
         control = self.controller
         held = getattr(call.cache, "layers", [])
         held = {index: held[index] for index in self.layers if index < len(held)}
-        if held and all(type(layer) in (StaticLayer, StaticLatentLayer) for layer in held.values()):
+        kinds = {type(layer) for layer in held.values()}
+        if kinds and kinds <= _STATIC:
             return self._plan_static(call, held)
-        rows = _rows_of(held)
+        rows = _rows_of(held) if LatentLayer in kinds else None
         length = rows.length if rows else _length_of(held)
         reason = self._obstacle(call, held, length)
         if length and self._wants_gradients(call):
@@ -180,7 +183,7 @@ class Decoder:
             absorbed, reason = False, unknown
         if absorbed:
             self._make_ready(held)
-            if any(type(layer) is not LatentLayer for layer in held.values()):
+            if kinds != {LatentLayer}:
                 self._adopt(call, held, None if mask is KEEP else mask)
                 rows = _rows_of(held)
         if rows:
@@ -278,7 +281,7 @@ class Decoder:
         if self.module.training:
             return "the model is in training mode"
         for layer in held.values():
-            if type(layer) not in (DynamicLayer, LatentLayer, StaticLayer, StaticLatentLayer):
+            if type(layer) not in _KNOWN:
                 return (
                     f"the cache has a {type(layer).__name__}, wanted a DynamicLayer or StaticLayer"
                 )
@@ -307,15 +310,15 @@ class Decoder:
         for index, cached in held.items():
             module = self.layers[index]
             layer = module._flash_mla
-            if type(cached) is LatentLayer:
-                dtype, device = cached.dtype, cached.device
+            if type(cached) is LatentLayer:  # what it is made of was looked at then
+                dtype, device, layer.obstacle = cached.dtype, cached.device, ""
             elif _is_unused(cached):
                 continue
             else:
                 dtype, device = cached.keys.dtype, cached.keys.device
-            layer.obstacle = _device_obstacle(dtype, device)
-            if layer.obstacle:
-                continue
+                layer.obstacle = _device_obstacle(dtype, device)
+                if layer.obstacle:
+                    continue
             try:
                 layer.ready = layer.weights.get(module.kv_b_proj, dtype, device)
             except NotAbsorbable as refusal:

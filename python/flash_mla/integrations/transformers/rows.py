@@ -37,21 +37,24 @@ class Step:
 
 @dataclasses.dataclass
 class StepTensors:
-    """The same on a device."""
+    """The same on a device. It moves on with steps as long as each row gets one token more, in the same
+    page: nothing is computed or uploaded then."""
 
     clock: int
     table: torch.Tensor  # (b, max_pages) int32
-    # Of this step and those to come as long as each row gets one token more, in the same page: nothing
-    # is computed or uploaded then. (steps, b) int32 and (steps, b * s_q) int64.
-    coming: tuple[torch.Tensor, torch.Tensor]
-    number: int  # of the step among them
+    coming: list[tuple[torch.Tensor, torch.Tensor]]  # lengths and slots of later steps, the last first
     lengths: torch.Tensor  # (b,) int32, with the step's tokens
     slots: torch.Tensor  # (b * s_q,) int64, -1 for padding
     moves: tuple[torch.Tensor, torch.Tensor] | None  # slots (n,) int64 from and to
     # (b * s_q,) int64: the new tokens of each row, padding first; None where it is first already. In this
     # order the kernel's causal mask, which counts from the last key, is the right one for real tokens.
     order: torch.Tensor | None
-    queries: dict[Any, Any]  # room for the layers' queries, see attention.py
+    # Room for the layers' queries, see attention.py.
+    queries: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def advance(self) -> None:
+        self.clock += 1
+        self.lengths, self.slots = self.coming.pop()
 
 
 @dataclasses.dataclass
@@ -109,6 +112,10 @@ class LatentRows:
         self._tensors: dict[torch.device, StepTensors] = {}
         self._tables: dict[torch.device, tuple[int, torch.Tensor]] = {}  # by version
         self._padded: dict[torch.device, tuple[int, torch.Tensor]] = {}  # by clock
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make their tensors of a step themselves: many small ones, and room that is written to."""
+        return {**vars(self), "_tensors": {}}
 
     @property
     def batch(self) -> int:
@@ -409,16 +416,14 @@ class LatentRows:
         held = self._tensors.get(device)
         if held is not None and held.clock == self.clock:
             return held
+        if held is not None and self._advances and held.clock == self.clock - 1:
+            held.advance()
+            return held
         # Ordinary tensors even under inference_mode: they outlive it.
         with torch.inference_mode(False):
-            table = self._table_on(device)
-            if held is not None and self._advances and held.clock == self.clock - 1:
-                coming, number, queries = held.coming, held.number + 1, held.queries
-            else:
-                coming, number, queries = self._coming(device), 0, {}
-            lengths, slots = coming[0][number], coming[1][number]
+            table, coming = self._table_on(device), self._coming(device)
             moves, order = self._moves(device), self._order(device)
-        made = StepTensors(self.clock, table, coming, number, lengths, slots, moves, order, queries)
+        made = StepTensors(self.clock, table, coming, *coming.pop(), moves, order)
         self._tensors[device] = made
         return made
 
@@ -429,15 +434,16 @@ class LatentRows:
             self._tables[device] = self._table_version, table
         return table
 
-    def _coming(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Lengths and slots of this step, and of those that may go on like it."""
+    def _coming(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Lengths and slots of this step, which comes last, and of those that may go on like it."""
         steps = 1
         if self.step.s_q == 1 and self._new is None:  # up to the first last page that is full then
             steps = min((-tokens % PAGE_SIZE for tokens in self.tokens), default=0) + 1
-        later = torch.arange(steps, dtype=torch.int64, device="cpu")[:, None]
+        later = torch.arange(steps, dtype=torch.int64, device="cpu").flip(0)[:, None]
         lengths = torch.tensor(self.tokens, dtype=torch.int64, device="cpu") + later
         slots = self._new_slots() + later
-        return _upload(lengths.int(), device), _upload(slots, device)
+        lengths, slots = _upload(lengths.int(), device), _upload(slots, device)
+        return list(zip(lengths.unbind(), slots.unbind(), strict=True))
 
     def _new_slots(self) -> torch.Tensor:
         """Where the step's tokens go, (b * s_q,) int64 on the CPU."""
