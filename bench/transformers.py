@@ -30,7 +30,9 @@ from flash_mla.integrations.transformers.static import StaticLatentLayer  # noqa
 
 OWN = ("sdpa", "eager")  # the model's own attention, of which the faster one counts
 V3_LAYER, V3_DENSE, LITE = "v3-layer", "v3-dense", "v2-lite"
+V3_DENSE_COMPILED = "v3-dense-compiled"
 STATIC_ROOM = 256  # tokens that a static cache could take beyond the context
+WARM_UP = 8  # tokens; a compiled step runs once, is captured once, and is replayed from then on
 SWEEP = (128, 1024, 4096, 8192, 16384, 32768)
 
 
@@ -227,6 +229,37 @@ def generate(model, sizes, b, context, tokens):
     clear()
     before = allocated()
     cache = random_models.filled_cache(model, b, context)
+    clock = decode(model, sizes, cache, b, context, tokens)
+    row = measured(cache, b, clock, before)
+    del cache
+    clear()
+    return row
+
+
+def generate_compiled(model, sizes, b, context, tokens):
+    """The same from a static cache, over which generate() compiles its steps where Transformers does so: on a GPU.
+    `graphs` were compiled before what is timed, `late_graphs` meanwhile, of which there should be none."""
+    torch._dynamo.reset()
+    clear()
+    torch._dynamo.utils.counters.clear()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = allocated()
+    cache = random_models.filled_static_cache(model, b, context, STATIC_ROOM)
+    decode(model, sizes, cache, b, context, WARM_UP)
+    compiled = graphs["unique_graphs"]
+    # On with the same cache, for whose addresses CUDA graphs were captured.
+    random_models.rewind(cache, context)
+    clock = decode(model, sizes, cache, b, context, tokens)
+    late = graphs["unique_graphs"] - compiled
+    row = measured(cache, b, clock, before) | {"graphs": compiled, "late_graphs": late}
+    del cache
+    torch._dynamo.reset()
+    clear()
+    return row
+
+
+def decode(model, sizes, cache, b, context, tokens):
+    """Calls generate() with a cache of `context` tokens. Returns the clock of its steps."""
     ids = torch.ones((b, context + 1), dtype=torch.long, device=sizes.device)
     clock = random_models.StepClock(sizes.device)
     model.generate(
@@ -239,33 +272,35 @@ def generate(model, sizes, b, context, tokens):
         **{random_models.cache_argument(): cache},
     )
     clock.stop()
-    measured = {
+    return clock
+
+
+def measured(cache, b, clock, before):
+    """What a run of generate() says."""
+    return {
         "ms_per_step": clock.ms_per_step,
         "tokens_per_second": b * 1e3 / clock.ms_per_step,
         "peak_bytes": allocated(peak=True) - before,
         "cache_bytes": random_models.cache_bytes(cache),
-        "cache_tokens": b * cache.get_seq_length(),
+        "cache_tokens": b * int(cache.get_seq_length()),
     }
-    del cache
-    clear()
-    return measured
 
 
-def measure_model(model, sizes, name, b, context, tokens=None):
-    """A row of a whole model: its own attention and ours, each after a short run to warm up."""
+def measure_model(model, sizes, name, b, context, tokens=None, run=generate):
+    """A row of a whole model: `run` of its own attention and of ours, each after a short run to warm up."""
     row = {"name": name, "b": b, "context": context, "layers": model.config.num_hidden_layers}
     tokens = tokens or sizes.tokens
     hf.disable(model)
     generate(model, sizes, b, min(context, 64), 4)
     try:
-        row["own"] = generate(model, sizes, b, context, tokens)
+        row["own"] = run(model, sizes, b, context, tokens)
     except torch.OutOfMemoryError as error:
         row["own"] = {"failure": str(error).splitlines()[0]}
         clear()
     hf.enable(model)
     generate(model, sizes, b, min(context, 64), 4)
     hf.enable(model)
-    row["ours"] = generate(model, sizes, b, context, tokens)
+    row["ours"] = run(model, sizes, b, context, tokens)
     calls = hf.info(model).calls
     if not calls["absorbed"] or calls["fallback"]:
         raise RuntimeError(f"not absorbed: {hf.info(model)}")
@@ -307,18 +342,29 @@ def rows(sizes, wanted):
         # Last, as compiling takes long.
         for b in (1, 16):
             yield f"{V3_LAYER}-compiled-b{b}", lambda b=b: [measure_compiled_layer(sizes, b)]
+        yield V3_DENSE_COMPILED, lambda: [v3_dense_compiled(sizes)]
 
     for name, measure_row in all_rows():
         if re.search(wanted, name):
             yield name, measure_row
 
 
-def v3_dense(sizes):
+def v3_dense_model(sizes):
     config = random_models.config_of("v3", 3, **sizes.changes)
-    model = random_models.build(config, sizes.device, sizes.dtype, OWN[0])
+    return random_models.build(config, sizes.device, sizes.dtype, OWN[0])
+
+
+def v3_dense(sizes):
+    model = v3_dense_model(sizes)
     row = measure_model(model, sizes, f"{V3_DENSE}-b16-{sizes.context}", 16, sizes.context)
     yield row
     yield cache_row(row, model)
+
+
+def v3_dense_compiled(sizes):
+    name = f"{V3_DENSE_COMPILED}-b16-{sizes.context}"
+    model = v3_dense_model(sizes)
+    return measure_model(model, sizes, name, 16, sizes.context, run=generate_compiled)
 
 
 def v2_lite(sizes):

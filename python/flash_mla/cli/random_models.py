@@ -76,10 +76,36 @@ def filled_cache(model: Any, b: int, context: int, seed: int = 0) -> Any:
     """A DynamicCache of b rows that holds `context` tokens with random latents in every layer."""
     from transformers import DynamicCache
 
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    _fill(cache, model, b, context, seed)
+    return cache
+
+
+def filled_static_cache(model: Any, b: int, context: int, room: int, seed: int = 0) -> Any:
+    """The same in a StaticCache with room for `room` tokens more, made as a prefill makes it: what an enabled
+    model puts in its layers' place is there."""
+    from transformers import StaticCache
+
+    config = model.config.get_text_config(decoder=True)
+    cache = StaticCache(config=config, max_cache_len=context + room)
+    ids = torch.ones((b, 1), dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(input_ids=ids, **{cache_argument(): cache})
+        rewind(cache, 0)
+        _fill(cache, model, b, context, seed)
+    return cache
+
+
+def rewind(cache: Any, length: int) -> None:
+    """Takes a StaticCache back to `length` tokens. Its tensors stay where compiled steps know them."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(length)
+
+
+def _fill(cache: Any, model: Any, b: int, context: int, seed: int) -> None:
     config = model.config.get_text_config(decoder=True)
     parameter = next(model.parameters())
     generator = torch.Generator(parameter.device).manual_seed(seed)
-    cache = DynamicCache(config=config)
     for index in range(config.num_hidden_layers):
         keys, values = (
             torch.randn(
@@ -91,7 +117,6 @@ def filled_cache(model: Any, b: int, context: int, seed: int = 0) -> Any:
             for width in (config.kv_lora_rank, config.qk_rope_head_dim)
         )
         cache.update(keys, values, index)
-    return cache
 
 
 def cache_bytes(cache: Any) -> int:
