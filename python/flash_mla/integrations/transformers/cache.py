@@ -189,9 +189,7 @@ class LatentLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         if keys.requires_grad or values.requires_grad:
             keys, values = keys.detach(), values.detach()
-        append_kv_cache(
-            keys.reshape(-1, D_LATENT), values.reshape(-1, D_ROPE), self.pages, slots
-        )
+        append_kv_cache(keys.reshape(-1, D_LATENT), values.reshape(-1, D_ROPE), self.pages, slots)
 
 
 def adopt(

@@ -93,14 +93,8 @@ class _Call:
     cache: Any
     mask: Any
     tokens: torch.Tensor  # ids or embeddings: (b, s_q, ...)
-
-    @property
-    def b(self) -> int:
-        return self.tokens.shape[0]
-
-    @property
-    def s_q(self) -> int:
-        return self.tokens.shape[1]
+    b: int
+    s_q: int
 
 
 class Decoder:
@@ -149,12 +143,14 @@ class Decoder:
 
     def _read(self, args: tuple, kwargs: dict[str, Any]) -> _Call:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        tokens = ("input_ids", "inputs_embeds", "hidden_states")
+        names = ("input_ids", "inputs_embeds", "hidden_states")
+        tokens = next(given[name] for name in names if given.get(name) is not None)
         return _Call(
             given,
             next((given[n] for n in structure.CACHE_NAMES if given.get(n) is not None), None),
             given.get("attention_mask"),
-            next(given[name] for name in tokens if given.get(name) is not None),
+            tokens,
+            *tokens.shape[:2],
         )
 
     def _plan(self, call: _Call) -> bool:

@@ -42,7 +42,7 @@ class StepTensors:
 
     clock: int
     table: torch.Tensor  # (b, max_pages) int32
-    coming: list[tuple[torch.Tensor, torch.Tensor]]  # lengths and slots of later steps, the last first
+    coming: list[tuple[torch.Tensor, torch.Tensor]]  # lengths, slots of later steps, the last first
     lengths: torch.Tensor  # (b,) int32, with the step's tokens
     slots: torch.Tensor  # (b * s_q,) int64, -1 for padding
     moves: tuple[torch.Tensor, torch.Tensor] | None  # slots (n,) int64 from and to
