@@ -1,0 +1,322 @@
+// Times the decode kernel, and prints the clock traces of a kernel that probe.py built with probes.
+//
+//   decode_time time [CASE...]                          median of 35 graph replays, L2 cold
+//   decode_time trace CASE [CTA [EVENTS [FIRST]]]       one CTA's events in order of time
+//   decode_time stats CASE                              first and last of each event, over the CTAs
+//
+// CASE is b,s_q,h_q,s_kv; a v after it stands for random lengths of that mean. README.md has more.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <array>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "flash_mla/flash_mla.h"
+#include "probes.cuh"
+
+extern "C" void* lab_trace_bf16_pair();
+extern "C" void* lab_trace_bf16_single();
+
+namespace {
+
+using namespace flash_mla;
+using lab::Trace;
+
+constexpr const char* kCases[] = {
+    "128,1,128,4096v", "128,1,128,8192v", "256,1,128,1024", "256,1,128,2048", "128,2,128,8192v",
+    "64,4,128,4096",   "128,1,16,8192v",  "132,1,16,8192",  "66,1,128,8192",  "128,1,16,4096v",
+    "256,1,16,1024",   "32,1,128,8192",   "32,1,16,8192",   "16,1,128,4096",  "16,1,16,1024",
+    "8,1,128,8192",    "8,2,16,4096",     "1,1,128,1024",   "1,1,128,4096",   "1,1,128,16384",
+    "1,1,128,65536",   "1,1,16,1024",     "1,1,16,4096",    "1,1,16,65536"};
+constexpr int kReplays = 40, kWarmUp = 5;
+constexpr int64_t kLine = 576, kValue = 512, kPage = 64;
+constexpr size_t kFlushBytes = size_t{256} << 20;
+
+[[noreturn]] void fail(const char* what) {
+  std::printf("decode_time: %s\n", what);
+  std::exit(1);
+}
+void check(cudaError_t error) {
+  if (error != cudaSuccess) fail(cudaGetErrorString(error));
+}
+void check(const Status& status) {
+  if (!status.ok()) fail(status.message());
+}
+
+// Values from -0.175 to 0.175.
+__global__ void fill(__nv_bfloat16* data, size_t count, uint32_t seed) {
+  for (size_t i = blockIdx.x * 256ull + threadIdx.x; i < count; i += gridDim.x * 256ull) {
+    uint32_t x = static_cast<uint32_t>(i) * 2654435761u + seed;
+    x = (x ^ x >> 16) * 0x85ebca6b;
+    x = (x ^ x >> 13) * 0xc2b2ae35;
+    x ^= x >> 16;
+    data[i] = __float2bfloat16(((x & 0xffff) / 65536.f - 0.5f) * 0.35f);
+  }
+}
+__global__ void overwrite(int4* data, size_t count) {
+  for (size_t i = blockIdx.x * 512ull + threadIdx.x; i < count; i += gridDim.x * 512ull) {
+    data[i] = int4{1, 2, 3, static_cast<int>(i)};
+  }
+}
+void flush_l2(cudaStream_t stream) {
+  static int4* data = nullptr;
+  if (data == nullptr) check(cudaMalloc(&data, kFlushBytes));
+  overwrite<<<132, 512, 0, stream>>>(data, kFlushBytes / sizeof(int4));
+}
+
+struct Case {
+  int b, s_q, h_q, s_kv;
+  bool random;
+  explicit Case(const char* text) {
+    char v = 0;
+    if (std::sscanf(text, "%d,%d,%d,%d%c", &b, &s_q, &h_q, &s_kv, &v) < 4) fail("bad case");
+    random = v == 'v';
+  }
+  void* trace() const { return s_q * h_q > 64 ? lab_trace_bf16_pair() : lab_trace_bf16_single(); }
+};
+
+// A decode call and its memory.
+class Decode {
+ public:
+  explicit Decode(const Case& c) {
+    const Device device{DeviceType::kCuda, 0};
+    std::mt19937 generator(1);
+    std::normal_distribution<float> length(c.s_kv, c.s_kv / 2.f);
+    std::vector<int> lengths(c.b, c.s_kv);
+    if (c.random) {
+      for (int& x : lengths) x = std::max(static_cast<int>(length(generator)), c.s_q);
+    }
+    for (const int x : lengths) tokens += x;
+    const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+    const int64_t max_pages = (longest + kPage - 1) / kPage, pages = c.b * max_pages;
+    std::vector<int> table(pages);
+    for (int i = 0; i < pages; ++i) table[i] = i;
+    std::shuffle(table.begin(), table.end(), generator);
+
+    const int64_t rows = int64_t{c.b} * c.s_q * c.h_q;
+    auto* q = values(rows * kLine, 1);
+    auto* kv = values(pages * kPage * kLine, 2);
+    args_.q = contiguous_view(q, DType::kBf16, device, {c.b, c.s_q, c.h_q, kLine});
+    args_.kv_cache = contiguous_view(kv, DType::kBf16, device, {pages, kPage, 1, kLine});
+    args_.block_table = contiguous_view(upload(table), DType::kInt32, device, {c.b, max_pages});
+    args_.cache_seqlens = contiguous_view(upload(lengths), DType::kInt32, device, {c.b});
+    args_.out = contiguous_view(allocate(rows * kValue * 2), DType::kBf16, device,
+                                {c.b, c.s_q, c.h_q, kValue});
+    args_.lse = contiguous_view(allocate(rows * 4), DType::kFp32, device, {c.b, c.h_q, c.s_q});
+    args_.causal = true;
+    check(workspace_size(args_, &workspace_.counters_size, &workspace_.partials_size));
+    workspace_.counters = allocate(workspace_.counters_size);
+    workspace_.partials = allocate(workspace_.partials_size);
+    check(init_workspace(workspace_, device, nullptr));
+    check(cudaDeviceSynchronize());
+  }
+  ~Decode() {
+    for (void* pointer : memory_) cudaFree(pointer);
+  }
+  void operator()(cudaStream_t stream) { check(decode(args_, nullptr, workspace_, stream)); }
+
+  double tokens = 0;
+
+ private:
+  DecodeArgs args_;
+  Workspace workspace_;
+  std::vector<void*> memory_;
+
+  void* allocate(size_t bytes) {
+    void* pointer = nullptr;
+    check(cudaMalloc(&pointer, std::max<size_t>(bytes, 256)));
+    memory_.push_back(pointer);
+    return pointer;
+  }
+  void* upload(const std::vector<int>& data) {
+    void* target = allocate(data.size() * sizeof(int));
+    check(cudaMemcpy(target, data.data(), data.size() * sizeof(int), cudaMemcpyHostToDevice));
+    return target;
+  }
+  __nv_bfloat16* values(size_t count, uint32_t seed) {
+    auto* target = static_cast<__nv_bfloat16*>(allocate(count * sizeof(__nv_bfloat16)));
+    fill<<<1024, 256>>>(target, count, seed);
+    return target;
+  }
+};
+
+// MHz of CTA 0's SM during the last launch.
+double clock_rate(const void* trace) {
+  Trace* const layout = nullptr;
+  uint64_t x[4];  // Trace::time, Trace::clock
+  static_assert(sizeof(x) == sizeof(layout->time) + sizeof(layout->clock));
+  check(cudaMemcpy(x, trace, sizeof(x), cudaMemcpyDeviceToHost));
+  return static_cast<double>(x[3] - x[2]) / static_cast<double>(x[1] - x[0]) * 1e3;
+}
+
+void time_case(const char* name, cudaStream_t stream) {
+  const Case c(name);
+  Decode call(c);
+  call(stream);  // sets attributes, which a capture forbids
+  check(cudaStreamSynchronize(stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  call(stream);
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&replay, graph, 0));
+  cudaEvent_t begin[kReplays], end[kReplays];
+  for (int i = 0; i < kReplays; ++i) {
+    check(cudaEventCreate(&begin[i]));
+    check(cudaEventCreate(&end[i]));
+    flush_l2(stream);
+    check(cudaEventRecord(begin[i], stream));
+    check(cudaGraphLaunch(replay, stream));
+    check(cudaEventRecord(end[i], stream));
+  }
+  check(cudaStreamSynchronize(stream));
+  std::vector<float> ms;
+  for (int i = 0; i < kReplays; ++i) {
+    float x;
+    check(cudaEventElapsedTime(&x, begin[i], end[i]));
+    if (i >= kWarmUp) ms.push_back(x);
+    cudaEventDestroy(begin[i]);
+    cudaEventDestroy(end[i]);
+  }
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  std::sort(ms.begin(), ms.end());
+  const double us = ms[ms.size() / 2] * 1e3, columns = kLine + kValue;
+  const double rows = static_cast<double>(c.s_q) * c.h_q;
+  const double flops = 2 * rows * call.tokens * columns;
+  const double bytes = 2 * (call.tokens * kLine + c.b * rows * columns);
+  std::printf("b %3d s_q %d h_q %3d s_kv %6d%s %8.1f us %5.0f TFLOPS %5.0f GB/s %5.0f MHz\n", c.b,
+              c.s_q, c.h_q, c.s_kv, c.random ? "v" : " ", us, flops / us / 1e6, bytes / us / 1e3,
+              clock_rate(c.trace()));
+  std::fflush(stdout);
+}
+
+// Of the third launch, L2 cold.
+std::unique_ptr<Trace> take_trace(const Case& c) {
+  auto trace = std::make_unique<Trace>();
+  Decode call(c);
+  for (int i = 0; i < 3; ++i) {
+    check(cudaMemset(c.trace(), 0, sizeof(Trace)));
+    flush_l2(nullptr);
+    call(nullptr);
+    check(cudaDeviceSynchronize());
+  }
+  check(cudaMemcpy(trace.get(), c.trace(), sizeof(Trace), cudaMemcpyDeviceToHost));
+  if (trace->count[lab::kScores][0] == 0) fail("this kernel was built without --trace");
+  return trace;
+}
+
+struct Note {
+  int clock, track, event;  // clocks since the CTA's first
+};
+std::vector<Note> notes_of(const Trace& trace, int cta) {
+  std::vector<Note> notes;
+  const uint32_t start = trace.event[lab::kScores][cta][0] >> 6;
+  for (int track = 0; track < lab::kTracks; ++track) {
+    for (uint32_t i = 0; i < trace.count[track][cta]; ++i) {
+      const uint32_t x = trace.event[track][cta][i];
+      notes.push_back(
+          {static_cast<int>(((x >> 6) - start) & 0x3ffffff), track, static_cast<int>(x & 63)});
+    }
+  }
+  std::stable_sort(notes.begin(), notes.end(),
+                   [](const Note& x, const Note& y) { return x.clock < y.clock; });
+  return notes;
+}
+
+void print_trace(const Case& c, int cta, int events, int first) {
+  const auto notes = notes_of(*take_trace(c), cta);
+  std::printf("CTA %d: %zu events\n", cta, notes.size());
+  for (int i = first; i < static_cast<int>(notes.size()) && i < first + events; ++i) {
+    std::printf("%8d %-16s %s\n", notes[i].clock, lab::kTrackNames[notes[i].track],
+                lab::kEventNames[notes[i].event]);
+  }
+  std::printf("last %d\n", notes.back().clock);
+}
+
+// Smallest, median and largest.
+std::string spread(std::vector<int> x) {
+  std::sort(x.begin(), x.end());
+  char text[64];
+  std::snprintf(text, sizeof(text), "%7d %7d %7d", x[0], x[x.size() / 2], x.back());
+  return text;
+}
+
+void print_stats(const Case& c) {
+  const auto trace = take_trace(c);
+  const double clocks = clock_rate(c.trace()) / 1e3;  // of a nanosecond
+  struct Times {
+    std::vector<int> first, last;
+  };
+  std::map<std::array<int, 2>, Times> all;  // by track and event
+  uint64_t start = ~0ull;
+  const auto ran = [&](int cta) { return trace->count[lab::kScores][cta] > 0; };
+  for (int cta = 0; cta < lab::kCtas; ++cta) {
+    if (ran(cta)) start = std::min(start, trace->start[cta]);
+  }
+  std::vector<std::array<int, 4>> ends;
+  for (int cta = 0; cta < lab::kCtas; ++cta) {
+    if (!ran(cta)) continue;
+    const int offset = static_cast<int>(static_cast<double>(trace->start[cta] - start) * clocks);
+    std::map<std::array<int, 2>, std::array<int, 2>> here;
+    int last_page = 0, pages = 0;
+    for (const Note& note : notes_of(*trace, cta)) {
+      const int clock = note.clock + offset;
+      here.try_emplace({note.track, note.event}, std::array<int, 2>{clock, clock})
+          .first->second[1] = clock;
+      if (note.event != lab::kPDone) continue;
+      last_page = note.clock;
+      ++pages;
+    }
+    for (const auto& [key, times] : here) {
+      all[key].first.push_back(times[0]);
+      all[key].last.push_back(times[1]);
+    }
+    ends.push_back({last_page, cta, static_cast<int>(trace->sm[cta]), pages});
+  }
+  std::sort(ends.begin(), ends.end());
+  std::printf("last P done, thousands of clocks after its CTA's start (CTA, SM, pages):");
+  for (const auto& x : ends) std::printf(" %d(%d,%d,%d)", x[0] / 1000, x[1], x[2], x[3]);
+  std::printf("\nclocks after the first CTA's start, least / median / most of the CTAs:\n");
+  std::vector<std::pair<int, std::array<int, 2>>> order;
+  for (auto& [key, times] : all) {
+    std::sort(times.first.begin(), times.first.end());
+    order.push_back({times.first[times.first.size() / 2], key});
+  }
+  std::sort(order.begin(), order.end());
+  for (const auto& [median, key] : order) {
+    const Times& times = all[key];
+    std::printf("%-16s %-16s first %s   last %s  (%zu)\n", lab::kTrackNames[key[0]],
+                lab::kEventNames[key[1]], spread(times.first).c_str(), spread(times.last).c_str(),
+                times.first.size());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 1 ? argv[1] : "";
+  const auto number = [&](int i, int other) { return argc > i ? std::atoi(argv[i]) : other; };
+  if (mode == "time") {
+    cudaStream_t stream;
+    check(cudaStreamCreate(&stream));
+    std::vector<const char*> cases(argv + 2, argv + argc);
+    if (cases.empty()) cases.assign(std::begin(kCases), std::end(kCases));
+    for (const char* name : cases) time_case(name, stream);
+  } else if (mode == "trace" && argc > 2) {
+    print_trace(Case(argv[2]), number(3, 0), number(4, 60), number(5, 0));
+  } else if (mode == "stats" && argc > 2) {
+    print_stats(Case(argv[2]));
+  } else {
+    fail("time [CASE...] | trace CASE [CTA [EVENTS [FIRST]]] | stats CASE");
+  }
+}

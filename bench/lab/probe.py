@@ -1,0 +1,212 @@
+"""Builds the decode kernel from a copy of the sources, changed for an experiment, with the program that times and traces it.
+
+  python3 bench/lab/probe.py --out build/lab/NAME [--tree PATH] [--trace [--fine]] [--subst 'FILE=>OLD=>NEW' ...] [--report]
+
+OUT/tree holds the copy, OUT/decode_time is the program (README.md). A second call with the same --out compiles only what has changed.
+A probe's place is named by a line of the kernel. Where no such line is found, or more than one, the kernel has changed, and PROBES
+must follow: add the line as another alternative.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = ROOT / "bench/lab"
+KERNEL = "src/cuda/sm90/decode_dense"
+COPIED = ("include", "src", "cmake", "CMakeLists.txt", "VERSION")
+OFF = ("BUILD_TESTS", "BUILD_BENCH", "BUILD_EXAMPLES", "INSTALL", "PYTHON")
+
+sys.path.insert(0, str(ROOT / "tools"))
+import check_spills  # noqa: E402
+
+# Text to put before or after a line: (file, "before" or "after", text, lines, optional). Later lines are how other versions of the
+# kernel say the same; a line may come with a condition of its own. Lines are compared without their indentation.
+OUT, SCORES, PAGES, ITEMS = "kLeft + threadIdx.x / 128", "kScores", "kPages", "kItems"
+
+
+def note(file, where, track, event, *lines, optional=False):
+    text = (
+        f"flash_mla::lab::probe<SharedStorage>(flash_mla::lab::{track}, flash_mla::lab::{event});"
+    )
+    return file, where, text, lines, optional
+
+
+CLOCKS = (
+    ("traits.h", "before", '}\n#define FLASH_MLA_LAB_KERNEL\n#include "probes.cuh"\nnamespace flash_mla::cuda::decode_dense {',
+     ("struct TensorMaps {",), False),
+    ("kernel.cuh", "after", "flash_mla::lab::note_clock(0);",
+     ("SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);",), False),
+    ("kernel.cuh", "before", "flash_mla::lab::note_clock(1);",
+     ("cluster_sync<T>();  // the other CTA may still signal this one's barriers",), False),
+)  # fmt: skip
+LANE_0, QUERY_LANE = "lane == 0", "threadIdx.x == kQueryWarp * 32"
+PREPARE = "const Walk walk = prepare<T>(params, maps, shared);"
+FINISH = ("merger.finish();", ("if (end || rehearsal) merger.finish(rehearsal);", "end"))
+RUN = ("output.run(item);", "output.run(item, rehearsal);")
+MERGE = (
+    "if (item.rows > 0) merge(item, tile.leavers > 0);",
+    "if (item.rows > 0) merge(item, tile.leavers > 0, rehearsal);",
+)
+UNITS = (
+    "merge_units(item, rows, row_warp, first, last);",
+    "merge_units(item, rows, row_warp, first, last, !rehearsal, scratch);",
+)
+LOAD = ("load_half(rings.right, kHalfTiles, item.head, page, 1);",
+        ("if (lane == 0 && !first) load_page<T::kMulticast>(rings, item.head, page, turn);", "lane == 0 && !first"))  # fmt: skip
+FIRST_LOAD = "load_page<false>(rings, item.head, page, position_.rank());"
+PROBES = (
+    ("traits.h", "after", "uint16_t lab_count[6];", ("int32_t num_split_tiles, merge_ready;",), False),
+    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", (PREPARE,), False),
+    # The observer, a thread of an idle warp, arrives too.
+    ("kernel.cuh", "before", "if (i >= kItems) return 3 * kWarps + 2;",
+     ("return i < kItems ? 1 : 3 * kWarps + 1;  // item_empty: warpgroups 0 to 2, page warp",), False),
+    ("kernel.cuh", "after", "} else if (threadIdx.x == (kQueryWarp + 1) * 32) {\nflash_mla::lab::observe<Rings, Ring>(shared, kItems);",
+     ("producer.walk_items(walk);",), False),
+    note("kernel.cuh", "after", ITEMS, "kPlanned", (PREPARE, QUERY_LANE)),
+    note("kernel.cuh", "before", ITEMS, "kRoles", ("ptx::decrease_registers<kProducerRegisters>();", QUERY_LANE)),
+    note("kernel.cuh", "before", SCORES, "kRoles", "Scorer<T>(params, shared).run();"),
+    note("kernel.cuh", "before", OUT, "kItem", *RUN),
+    note("kernel.cuh", "after", OUT, "kItemDone", *RUN),
+    note("kernel.cuh", "after", OUT, "kItemOut", "merger.put_out(item, output);", "merger.put_out(item, output, rehearsal);"),
+    note("kernel.cuh", "before", OUT, "kAllItems", *FINISH),
+    note("kernel.cuh", "after", OUT, "kMerged", *FINISH),
+    note("score.cuh", "before", SCORES, "kWaitQ", "load_query(item.query_phase);"),
+    note("score.cuh", "after", SCORES, "kQ", "load_query(item.query_phase);"),
+    note("score.cuh", "before", SCORES, "kIssue", "issue_scores();"),
+    note("score.cuh", "after", SCORES, "kS", "ptx::pin(s_);"),
+    note("score.cuh", "after", SCORES, "kPDone", "softmax(slot);"),
+    note("output.cuh", "after", OUT, "kP",
+         "ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());",
+         "ptx::mbarrier_wait(&shared_.barriers.p_ready[rope.slot()], rope.phase());"),
+    note("output.cuh", "before", OUT, "kPvIssued", "ptx::wgmma_wait<0>();"),
+    note("output.cuh", "before", OUT, "kPvDone", "if (--left == 0) break;"),
+    note("merge.cuh", "before", OUT, "kStored", "const Counter before = ptx::atomic_add_gpu(counter(item), kArrival);"),
+    note("merge.cuh", "after", OUT, "kLast", "__device__ __forceinline__ void gather(const WorkItem& item) {"),
+    note("merge.cuh", "before", OUT, "kPieces", *MERGE),
+    note("merge.cuh", "after", OUT, "kTileDone", *MERGE),
+    note("merge.cuh", "before", OUT, "kWeights", *UNITS),
+    note("merge.cuh", "after", OUT, "kSummed", *UNITS),
+    note("producer.cuh", "after", PAGES, "kItem", ("const int pages = item.pages;", LANE_0)),
+    note("producer.cuh", "before", PAGES, "kQIssued", ("for (int i = 0; i < pages; ++i) {", LANE_0)),
+    note("producer.cuh", "before", PAGES, "kLoad", *LOAD),
+    note("producer.cuh", "before", PAGES, "kLoaded", ("turn ^= 1;", LANE_0)),
+    note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);"),
+    # Kernels that load the first page before the roles begin.
+    note("producer.cuh", "before", PAGES, "kLoad", FIRST_LOAD, optional=True),
+    note("producer.cuh", "after", PAGES, "kLoaded", FIRST_LOAD, optional=True),
+    note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);", optional=True),
+)  # fmt: skip
+FINE = (
+    note("score.cuh", "before", SCORES, "kSoftmax", "softmax(slot);"),
+    note("score.cuh", "before", SCORES, "kMaxima", "const int target_row = row / 16 * 16 + lane % 16;"),
+)  # fmt: skip
+
+
+def put(texts, edit):
+    """Puts an edit's text into texts[file], a list of lines."""
+    name, where, text, alternatives, optional = edit
+    lines = texts[f"{KERNEL}/{name}"]
+    stripped = [line.strip() for line in lines]
+    for alternative in alternatives:
+        anchor, condition = (alternative, "") if isinstance(alternative, str) else alternative
+        if count := stripped.count(anchor):
+            if count > 1:
+                sys.exit(f"probe: {name} has {count} lines {anchor!r}: the probe needs one")
+            text = f"if ({condition}) {text}" if condition else text
+            at = stripped.index(anchor) + (where == "after")
+            lines[at:at] = text.split("\n")
+            return
+    if not optional:
+        known = "\n  ".join(a if isinstance(a, str) else a[0] for a in alternatives)
+        sys.exit(f"probe: {name} has none of these lines, so PROBES must follow it:\n  {known}")
+
+
+def copy(tree, target, edits, substitutions):
+    """Copies the sources with the edits and substitutions; leaves alone what is right already, so that it is not compiled again."""
+    names = [p for part in COPIED for p in ([tree / part] if (tree / part).is_file() else sorted((tree / part).rglob("*")))]  # fmt: skip
+    texts = {p.relative_to(tree).as_posix(): p.read_text() for p in names if p.is_file()}
+    for rule in substitutions:
+        if rule.count("=>") != 2:
+            sys.exit(f"probe: --subst wants FILE=>OLD=>NEW, not {rule!r}")
+        name, old, new = rule.split("=>")
+        matches = [n for n in texts if n.endswith(name)]
+        if len(matches) != 1 or old not in texts[matches[0]]:
+            sys.exit(f"probe: --subst: {name!r} names {len(matches)} files; {old!r} must be in it")
+        texts[matches[0]] = texts[matches[0]].replace(old, new)
+    texts = {name: text.split("\n") for name, text in texts.items()}
+    for edit in edits:
+        put(texts, edit)
+    for name in ("bf16_pair", "bf16_single"):
+        texts[f"{KERNEL}/{name}.cu"] += [f"FLASH_MLA_LAB_READER({name})", ""]
+    for name, text in ((n, "\n".join(lines)) for n, lines in texts.items()):
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+    for file in [f for f in target.rglob("*") if f.is_file()]:
+        if file.relative_to(target).as_posix() not in texts:
+            file.unlink()
+
+
+def run(*command, **more):
+    done = subprocess.run([str(c) for c in command], text=True, **more)
+    if done.returncode:
+        sys.exit(f"{done.stdout or ''}\nprobe: {command[0]} failed")
+    return done.stdout or ""
+
+
+def report(build):
+    """Registers, spills, instructions and serialised products of each kernel, as ptxas and cuobjdump tell them."""
+    reports = check_spills.parse((build / "build.log").read_text())
+    for name, found in sorted(reports.items()):
+        if KERNEL not in name or not found["kernels"]:
+            continue
+        count = "?"
+        if shutil.which("cuobjdump"):
+            code = run("cuobjdump", "-sass", build / name, stdout=subprocess.PIPE)
+            count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+        for usage in found["kernels"].values():
+            spills = f"{usage.get('stores', '?')} + {usage.get('loads', '?')} bytes of spills"
+            print(f"{Path(name).stem:16} {usage.get('registers', '?')} registers, {spills}, {count} instructions")  # fmt: skip
+        for warning in found["warnings"]:
+            print(f"{Path(name).stem:16} {warning}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="probe.py", usage=__doc__.split("\n")[2].strip())
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tree", type=Path, default=ROOT)
+    parser.add_argument("--trace", action="store_true", help="put the probes in")
+    parser.add_argument("--fine", action="store_true", help="and some within the softmax")
+    parser.add_argument("--subst", action="append", default=[], metavar="FILE=>OLD=>NEW")
+    parser.add_argument("--report", action="store_true", help="print what ptxas said")
+    options = parser.parse_args()
+    out, tree = options.out.resolve(), options.tree.resolve()
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or sys.exit("probe: no nvcc")
+    edits = CLOCKS + PROBES * (options.trace or options.fine) + FINE * options.fine
+    copy(tree, out / "tree", edits, options.subst)
+    build = out / "build"
+    switches = [f"-DFLASH_MLA_{name}=OFF" for name in OFF] + ["-DFLASH_MLA_CUDA=ON"]
+    switches.append(f"-DCMAKE_CUDA_FLAGS=-I{LAB}")
+    run("cmake", "-S", out / "tree", "-B", build, "-G", "Ninja", *switches, stdout=subprocess.PIPE)
+    command = ("cmake", "--build", build, "-j", "2", "--target", "flash_mla_static")
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
+        log = process.stdout.read()
+    with (build / "build.log").open("a") as file:
+        file.write(log)  # of a build that fails too: what it did compile is not compiled again
+    if process.returncode:
+        sys.exit(f"{log}\nprobe: the build failed")
+    run(nvcc, "-std=c++20", "-O2", "-gencode", "arch=compute_90a,code=sm_90a", f"-I{out / 'tree/include'}", "-o",
+        out / "decode_time", LAB / "decode_time.cu", build / "libflash_mla.a")  # fmt: skip
+    if options.report:
+        report(build)
+    print(out / "decode_time")
+
+
+if __name__ == "__main__":
+    main()
