@@ -24,82 +24,69 @@ OFF = ("BUILD_TESTS", "BUILD_BENCH", "BUILD_EXAMPLES", "INSTALL", "PYTHON")
 sys.path.insert(0, str(ROOT / "tools"))
 import check_spills  # noqa: E402
 
-# Text to put before or after a line: (file, "before" or "after", text, lines, optional). Later lines are how other versions of the
-# kernel say the same; a line may come with a condition of its own. Lines are compared without their indentation.
-OUT, SCORES, PAGES, ITEMS = "kLeft + threadIdx.x / 128", "kScores", "kPages", "kItems"
+# Text to put before or after a line: (file, "before" or "after", text, lines). Later lines are how other versions of the kernel say
+# the same; a line may come with a condition of its own. Lines are compared without their indentation.
+OUT, SCORES, ITEMS = "kLeft + threadIdx.x / 128", "kScores", "kItems"
 
 
-def note(file, where, track, event, *lines, optional=False):
+def note(file, where, track, event, *lines):
     text = (
         f"flash_mla::lab::probe<SharedStorage>(flash_mla::lab::{track}, flash_mla::lab::{event});"
     )
-    return file, where, text, lines, optional
+    return file, where, text, lines
 
 
 CLOCKS = (
     ("traits.h", "before", '}\n#define FLASH_MLA_LAB_KERNEL\n#include "probes.cuh"\nnamespace flash_mla::cuda::decode_dense {',
-     ("struct TensorMaps {",), False),
+     ("struct TensorMaps {",)),
     ("kernel.cuh", "after", "flash_mla::lab::note_clock(0);",
-     ("SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);",), False),
+     ("SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);",)),
     ("kernel.cuh", "before", "flash_mla::lab::note_clock(1);",
-     ("cluster_sync<T>();  // the other CTA may still signal this one's barriers",), False),
+     ("cluster_sync<T>(::cuda::ptx::sem_release);  // the other CTA may still signal this one's barriers",)),
 )  # fmt: skip
-LANE_0, QUERY_LANE = "lane == 0", "threadIdx.x == kQueryWarp * 32"
+QUERY_LANE, RIGHT_LANE = "threadIdx.x == kQueryWarp * 32", "threadIdx.x == kRightWarp * 32"
 PREPARE = "const Walk walk = prepare<T>(params, maps, shared);"
-FINISH = ("merger.finish();", ("if (end || rehearsal) merger.finish(rehearsal);", "end"))
-RUN = ("output.run(item);", "output.run(item, rehearsal);")
-MERGE = (
-    "if (item.rows > 0) merge(item, tile.leavers > 0);",
-    "if (item.rows > 0) merge(item, tile.leavers > 0, rehearsal);",
-)
-UNITS = (
-    "merge_units(item, rows, row_warp, first, last);",
-    "merge_units(item, rows, row_warp, first, last, !rehearsal, scratch);",
-)
-LOAD = ("load_half(rings.right, kHalfTiles, item.head, page, 1);",
-        ("if (lane == 0 && !first) load_page<T::kMulticast>(rings, item.head, page, turn);", "lane == 0 && !first"))  # fmt: skip
-FIRST_LOAD = "load_page<false>(rings, item.head, page, position_.rank());"
+LOADS = "load<T::kMulticast>(part, item.head, page);"
+FIRST_LOAD = "load<false>(part, item.head, page);"
 PROBES = (
-    ("traits.h", "after", "uint16_t lab_count[6];", ("int32_t num_split_tiles, merge_ready;",), False),
-    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", (PREPARE,), False),
-    # The observer, a thread of an idle warp, arrives too.
-    ("kernel.cuh", "before", "if (i >= kItems) return 3 * kWarps + 2;",
-     ("return i < kItems ? 1 : 3 * kWarps + 1;  // item_empty: warpgroups 0 to 2, page warp",), False),
-    ("kernel.cuh", "after", "} else if (threadIdx.x == (kQueryWarp + 1) * 32) {\nflash_mla::lab::observe<Rings, Ring>(shared, kItems);",
-     ("producer.walk_items(walk);",), False),
+    ("traits.h", "after", "uint16_t lab_count[7];", ("int32_t num_split_tiles, merge_ready;",)),
+    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", (PREPARE,)),
+    note("kernel.cuh", "after", "kPages", "kFound", ("walk = plan(params, position.part, shared, rules);", RIGHT_LANE)),
+    note("kernel.cuh", "after", "kPages", "kBarriers", ("if (warp == kInitWarp || begins) ptx::named_barrier_sync(kBarriersMade, 3 * 32);", RIGHT_LANE)),
+    note("producer.cuh", "before", "kPages", "kFirstItem", "const int page = __ldg(table_of(item));"),
     note("kernel.cuh", "after", ITEMS, "kPlanned", (PREPARE, QUERY_LANE)),
     note("kernel.cuh", "before", ITEMS, "kRoles", ("ptx::decrease_registers<kProducerRegisters>();", QUERY_LANE)),
     note("kernel.cuh", "before", SCORES, "kRoles", "Scorer<T>(params, shared).run();"),
-    note("kernel.cuh", "before", OUT, "kItem", *RUN),
-    note("kernel.cuh", "after", OUT, "kItemDone", *RUN),
-    note("kernel.cuh", "after", OUT, "kItemOut", "merger.put_out(item, output);", "merger.put_out(item, output, rehearsal);"),
-    note("kernel.cuh", "before", OUT, "kAllItems", *FINISH),
-    note("kernel.cuh", "after", OUT, "kMerged", *FINISH),
+    note("kernel.cuh", "before", OUT, "kItem", "output.run(item);"),
+    note("kernel.cuh", "after", OUT, "kItemDone", "output.run(item);"),
+    note("kernel.cuh", "after", OUT, "kItemOut", "merger.put_out(item, output, at);"),
+    note("kernel.cuh", "before", OUT, "kAllItems", "merger.finish();"),
+    note("kernel.cuh", "after", OUT, "kMerged", "merger.finish();"),
     note("score.cuh", "before", SCORES, "kWaitQ", "load_query(item.query_phase);"),
     note("score.cuh", "after", SCORES, "kQ", "load_query(item.query_phase);"),
     note("score.cuh", "before", SCORES, "kIssue", "issue_scores();"),
+    note("score.cuh", "after", SCORES, "kRightLanded + (at.buffer() < kLeftBuffers ? 2 : at.buffer() >= kHalfBuffers)",
+         "ptx::mbarrier_wait(&shared_.barriers.full[at.buffer()], at.phase());"),
     note("score.cuh", "after", SCORES, "kS", "ptx::pin(s_);"),
     note("score.cuh", "after", SCORES, "kPDone", "softmax(slot);"),
     note("output.cuh", "after", OUT, "kP",
-         "ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());",
-         "ptx::mbarrier_wait(&shared_.barriers.p_ready[rope.slot()], rope.phase());"),
+         "ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());"),
     note("output.cuh", "before", OUT, "kPvIssued", "ptx::wgmma_wait<0>();"),
     note("output.cuh", "before", OUT, "kPvDone", "if (--left == 0) break;"),
-    note("merge.cuh", "before", OUT, "kStored", "const Counter before = ptx::atomic_add_gpu(counter(item), kArrival);"),
-    note("merge.cuh", "after", OUT, "kLast", "__device__ __forceinline__ void gather(const WorkItem& item) {"),
-    note("merge.cuh", "before", OUT, "kPieces", *MERGE),
-    note("merge.cuh", "after", OUT, "kTileDone", *MERGE),
-    note("merge.cuh", "before", OUT, "kWeights", *UNITS),
-    note("merge.cuh", "after", OUT, "kSummed", *UNITS),
-    note("producer.cuh", "after", PAGES, "kItem", ("const int pages = item.pages;", LANE_0)),
-    note("producer.cuh", "before", PAGES, "kQIssued", ("for (int i = 0; i < pages; ++i) {", LANE_0)),
-    note("producer.cuh", "before", PAGES, "kLoad", *LOAD),
-    note("producer.cuh", "before", PAGES, "kLoaded", ("turn ^= 1;", LANE_0)),
+    note("merge.cuh", "after", OUT, "kStored", "epilogue.store_partial(item);  // of many"),
+    note("merge.cuh", "after", OUT, "kLast", "if (!last) return;"),
+    note("merge.cuh", "before", OUT, "kPieces",
+         "if (shared.merge_ready && item.rows > 0) merge(item, shared.merge_ready == kWhole);"),
+    note("merge.cuh", "after", OUT, "kTileDone",
+         "if (shared.merge_ready && item.rows > 0) merge(item, shared.merge_ready == kWhole);"),
+    note("merge.cuh", "before", OUT, "kWeights", "if (first_unit % kUnitsPerRowWarp == 0) {"),
+    note("producer.cuh", "before", "kPages + warp - kRightWarp", "kLoad", LOADS),
+    note("producer.cuh", "after", "kPages + warp - kRightWarp", "kLoaded", LOADS),
     note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);"),
-    # Kernels that load the first page before the roles begin.
-    note("producer.cuh", "before", PAGES, "kLoad", FIRST_LOAD, optional=True),
-    note("producer.cuh", "after", PAGES, "kLoaded", FIRST_LOAD, optional=True),
-    note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);", optional=True),
+    # The first page, before the roles begin.
+    note("producer.cuh", "before", "kPages", "kLoad", FIRST_LOAD),
+    note("producer.cuh", "after", "kPages", "kLoaded", FIRST_LOAD),
+    note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);"),
 )  # fmt: skip
 FINE = (
     note("score.cuh", "before", SCORES, "kSoftmax", "softmax(slot);"),
@@ -109,7 +96,7 @@ FINE = (
 
 def put(texts, edit):
     """Puts an edit's text into texts[file], a list of lines."""
-    name, where, text, alternatives, optional = edit
+    name, where, text, alternatives = edit
     lines = texts[f"{KERNEL}/{name}"]
     stripped = [line.strip() for line in lines]
     for alternative in alternatives:
@@ -121,9 +108,8 @@ def put(texts, edit):
             at = stripped.index(anchor) + (where == "after")
             lines[at:at] = text.split("\n")
             return
-    if not optional:
-        known = "\n  ".join(a if isinstance(a, str) else a[0] for a in alternatives)
-        sys.exit(f"probe: {name} has none of these lines, so PROBES must follow it:\n  {known}")
+    known = "\n  ".join(a if isinstance(a, str) else a[0] for a in alternatives)
+    sys.exit(f"probe: {name} has none of these lines, so PROBES must follow it:\n  {known}")
 
 
 def copy(tree, target, edits, substitutions):

@@ -8,26 +8,26 @@ namespace flash_mla::lab {
 inline constexpr int kCtas = 132, kEvents = 2048;
 
 // Who notes an event. Each track is written by one thread of a CTA.
-enum Track { kLeft, kRight, kScores, kPages, kLanded, kItems, kTracks };
-inline constexpr const char* kTrackNames[] = {"O0",         "   O1",         "      S",
-                                              "         L", "            X", "               W"};
+enum Track { kLeft, kRight, kScores, kPages, kItems = kPages + 3, kTracks };
+inline constexpr const char* kTrackNames[] = {
+    "O0", "   O1", "      S", "         LR", "         LL", "         LP", "            W"};
 
 // clang-format off
 enum Event {
-  kStart, kPlanned, kRoles,                                              // the CTA
+  kStart, kFound, kBarriers, kFirstItem, kPlanned, kRoles,                                            // the CTA
   kItem, kP, kPvIssued, kPvDone, kItemDone, kStored, kItemOut, kAllItems,  // output warpgroups
-  kLast, kPieces, kWeights, kSummed, kTileDone, kMerged,                 // the same, merging
+  kLast, kPieces, kWeights, kTileDone, kMerged,                          // the same, merging
   kWaitQ, kQ, kIssue, kS, kSoftmax, kMaxima, kPDone,                     // score warpgroup
-  kQIssued, kLoad, kLoaded, kItemTold,                                   // page warp, query warp
-  kRightLanded, kLeftLanded, kRopeLanded, kNumEvents                     // the observer's
+  kLoad, kLoaded, kItemTold,                                             // producers
+  kRightLanded, kRopeLanded, kLeftLanded, kNumEvents                     // score warpgroup, waiting
 };
 inline constexpr const char* kEventNames[] = {
-  "start", "planned", "roles",
+  "start", "start found", "barriers made", "first item", "planned", "roles",
   "item", "P there", "PV issued", "PV done", "item done", "partial stored", "item out", "all items",
-  "was last", "all pieces there", "weights", "summed", "tile done", "merged",
+  "was last", "all pieces there", "weights", "tile done", "merged",
   "wait for Q", "Q there", "issue S", "S there", "softmax", "maxima", "P done",
-  "Q asked for", "load", "loaded", "item told",
-  "right landed", "left landed", "rope landed"};
+  "load", "loaded", "item told",
+  "right landed", "rope landed", "left landed"};
 // clang-format on
 static_assert(sizeof(kEventNames) / sizeof(char*) == kNumEvents && kNumEvents <= 1 << 6);
 
@@ -80,35 +80,6 @@ __device__ __forceinline__ void begin_probes(Shared& shared) {
     asm volatile("mov.u32 %0, %%smid;" : "=r"(trace.sm[blockIdx.x]));
   }
   __syncthreads();
-}
-
-// When the parts of pages land, as one thread sees it that waits for nothing else.
-template <typename Rings, typename Ring, typename Shared>
-__device__ __forceinline__ void observe(Shared& shared, int items) {
-  namespace p = ::cuda::ptx;
-  Rings rings;
-  for (Ring at(0, items);; at.advance()) {
-    while (!p::mbarrier_try_wait_parity(&shared.barriers.item_full[at.slot()], at.phase())) {
-    }
-    const auto& item = shared.items[at.slot()];
-    const int pages = item.pages, end = item.end;
-    p::mbarrier_arrive(&shared.barriers.item_empty[at.slot()]);
-    if (end) break;
-    if (pages > 0) rings.right.advance();  // past Q
-    for (int i = 0; i < pages; ++i) {
-      const Ring parts[3] = {rings.right, rings.left, rings.rope};
-      for (int landed = 0; landed != 7;) {
-#pragma unroll
-        for (int n = 0; n < 3; ++n) {
-          uint64_t* full = &shared.barriers.full[parts[n].buffer()];
-          if (landed >> n & 1 || !p::mbarrier_test_wait_parity(full, parts[n].phase())) continue;
-          landed |= 1 << n;
-          probe<Shared>(kLanded, kRightLanded + n);
-        }
-      }
-      rings.advance();
-    }
-  }
 }
 
 // The address, on the device, of the trace of this file's kernel.

@@ -68,7 +68,7 @@ Status check_hint_rows(std::int32_t rows, const cuda::DecodeConfig& config, std:
   return Status::error(
       StatusCode::kInvalidArgument,
       "decode: plan.metadata.shape[0] (num_parts) = %d, wanted %d, or 1 .. %d (SMs); see plan_size",
-      rows, config.schedule.num_parts, properties->num_sms);
+      rows, static_cast<int>(config.schedule.num_parts), properties->num_sms);
 }
 
 Status decode_on_cuda(const DecodeArgs& args, const DecodePlan* plan, std::int32_t plan_rows,
@@ -153,7 +153,8 @@ Status plan_decode(const DecodeArgs& args, const DecodePlan& plan, StreamHandle 
     const std::int32_t device = args.q.device.index;
     cuda::DecodeConfig config;
     FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, device, &config));
-    const std::int32_t parts = params.split ? config.schedule.num_parts : 1;
+    std::int32_t parts = 1;
+    if (params.split) parts = config.schedule.num_parts;
     FLASH_MLA_RETURN_IF_ERROR(check_plan_rows("plan_decode", plan_params.num_parts, parts));
     return cuda::plan_decode(params, config, plan_params, device, stream);
   }
@@ -208,8 +209,9 @@ Status describe_decode(const DecodeArgs& args, char* text, std::size_t size) noe
     cuda::DecodeConfig config;
     FLASH_MLA_RETURN_IF_ERROR(cuda::decode_config(params, args.q.device.index, &config));
     std::snprintf(text, size, "sm90 decode_dense %s pair=%d parts=%d team=%d",
-                  dtype_name(params.dtype), config.cluster == 2 ? 1 : 0, config.schedule.num_parts,
-                  config.schedule.team);
+                  dtype_name(params.dtype), config.cluster == 2 ? 1 : 0,
+                  static_cast<int>(config.schedule.num_parts),
+                  static_cast<int>(config.schedule.team));
     return {};
   }
 #endif

@@ -14,6 +14,10 @@
 // therefore laid between items when that makes a part longer by no more than two overheads
 // (align_to_items).
 //
+// Where requests are few and split among many parts, the merge costs as much as the pages do. Row
+// groups may then be cut finer: tiles of 32 or 16 rows instead of 64 read every page two or four
+// times, from L2, but leave partial results of half or a quarter the size (`level`).
+//
 // A part that ends one item and begins the next pays the overhead twice. Where there are no more
 // items than parts, the planner therefore looks for a payload with which every item takes whole
 // parts (`whole_parts`), and no part has two.
@@ -21,27 +25,63 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FLASH_MLA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FLASH_MLA_HOST_DEVICE inline
-#endif
+#include "core/divider.h"
 
 namespace flash_mla {
 
 inline constexpr int kBlockTokens = 64;
+inline constexpr int kTileRowsAtMost = 64;  // query rows of a CTA
+inline constexpr int kTileLevels = 3;       // tiles of 64, 32 or 16 rows
+// With more blocks than this, of all requests together, tiles are never cut finer.
+inline constexpr int kFineTileBlocks = 1 << 14;
 // The cost of all items together must stay below this: the arithmetic is in 32 bits.
 inline constexpr std::int64_t kMostScheduleCost = 1 << 30;
 
 // How a shape maps on the card: depends on shapes and the device only, never on lengths.
 struct ScheduleShape {
-  std::int32_t num_parts = 1;          // ranges the row of items is cut into
-  std::int32_t team = 1;               // row groups that work side by side on one part
-  std::int32_t chunks = 1;             // ceil(row groups / team)
-  std::int32_t items_per_request = 1;  // h_kv * chunks
-  std::int32_t overhead = 1;           // cost of an item besides its blocks, in blocks
-  std::int32_t min_blocks = 1;         // a part takes at least this many blocks
+  Divider num_parts = 1;          // ranges the row of items is cut into
+  Divider team = 1;               // row groups that work side by side on one part
+  Divider chunks = 1;             // ceil(row groups / team)
+  Divider items_per_request = 1;  // h_kv * chunks
+  std::int32_t overhead = 1;      // cost of an item besides its blocks, in blocks
+  std::int32_t min_blocks = 1;    // a part takes at least this many blocks
   bool split = true;
+  std::int32_t level = 0;   // tiles have kTileRowsAtMost >> level rows
+  std::int32_t levels = 1;  // that may be chosen from
+  std::int32_t rows = 1;    // query rows of a (request, kv head)
+  Divider chunks_at[kTileLevels] = {},
+          items_at[kTileLevels] = {};  // chunks, items_per_request at each level
+
+  // The same at another level.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE ScheduleShape at_level(std::int32_t other) const {
+    ScheduleShape shape = *this;
+    if (other == 0) return shape;
+    shape.level = other;
+    shape.chunks = chunks_at[other];
+    shape.items_per_request = items_at[other];
+    if (other == kTileLevels - 1) shape.min_blocks = 1;
+    return shape;
+  }
+
+  // How long a part takes at a level, in blocks, roughly: its share of the blocks, and the merge,
+  // which is as long as a block for every 16 rows of a tile. `blocks`: of one item of each request,
+  // all together; `most`: of the longest request. The lowest three bits are the level.
+  [[nodiscard]] FLASH_MLA_HOST_DEVICE std::uint32_t level_cost(std::int32_t at, std::int32_t b,
+                                                               std::int32_t blocks,
+                                                               std::int32_t most) const {
+    constexpr std::uint32_t kNever = ~0u;
+    if (at >= levels) return kNever;
+    const ScheduleShape shape = at_level(at);
+    if (at > 0 &&
+        (blocks > kFineTileBlocks || b > num_parts || b * shape.items_per_request > num_parts)) {
+      return kNever;
+    }
+    std::int32_t share = num_parts.ceil_quotient(blocks * shape.items_per_request);
+    if (share < shape.min_blocks) share = shape.min_blocks < most ? shape.min_blocks : most;
+    const std::int32_t tile = kTileRowsAtMost >> at < rows ? kTileRowsAtMost >> at : rows;
+    const std::int32_t merge = most > share ? (tile + 15) / 16 : 0;
+    return static_cast<std::uint32_t>(share + merge) << 3 | static_cast<std::uint32_t>(at);
+  }
 };
 
 // A run of blocks of one item, done by one part.
@@ -66,26 +106,28 @@ FLASH_MLA_HOST_DEVICE std::int32_t schedule_blocks(std::int32_t seqlen) {
 
 struct Schedule {
   ScheduleShape shape;
-  std::int32_t payload = 1;  // cost of one part
+  Divider payload = 1;       // cost of one part
   bool whole_parts = false;  // an item's cost is its blocks alone, rounded up to whole parts
 
   // `total_cost` is the sum of item_cost() over all items, the first one's overhead included; below
   // kMostScheduleCost.
   FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int64_t total_cost)
       : shape(shape_in) {
-    payload = ceil_div(static_cast<std::int32_t>(total_cost) - shape.overhead, shape.num_parts);
-    if (payload < shape.min_blocks) payload = shape.min_blocks;
+    const std::int32_t share =
+        shape.num_parts.ceil_quotient(static_cast<std::int32_t>(total_cost) - shape.overhead);
+    payload = share > shape.min_blocks ? share : shape.min_blocks;
   }
 
   // The schedule whose payload is known already.
-  FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, std::int32_t payload_in,
+  FLASH_MLA_HOST_DEVICE Schedule(const ScheduleShape& shape_in, Divider payload_in,
                                  bool whole_parts_in)
       : shape(shape_in), payload(payload_in), whole_parts(whole_parts_in) {}
 
   // Lays the cuts between items, all of which cost `cost`, when that costs no more than cutting
   // them.
   FLASH_MLA_HOST_DEVICE void align_to_items(std::int64_t items, std::int32_t cost) {
-    const std::int64_t aligned = ceil_div<std::int64_t>(items, shape.num_parts) * cost;
+    const std::int64_t aligned =
+        std::int64_t{shape.num_parts.ceil_quotient(static_cast<std::int32_t>(items))} * cost;
     if (aligned <= payload + 2 * shape.overhead) payload = static_cast<std::int32_t>(aligned);
   }
 
@@ -98,8 +140,8 @@ struct Schedule {
   // The least whole payload that may fit; at least min_blocks.
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t least_whole_payload(
       std::int64_t total_blocks) const {
-    const auto payload_of_blocks =
-        static_cast<std::int32_t>(ceil_div<std::int64_t>(total_blocks, shape.num_parts));
+    const std::int32_t payload_of_blocks =
+        shape.num_parts.ceil_quotient(static_cast<std::int32_t>(total_blocks));
     return payload_of_blocks > shape.min_blocks ? payload_of_blocks : shape.min_blocks;
   }
 
@@ -108,7 +150,7 @@ struct Schedule {
     return static_cast<std::int64_t>(shape.items_per_request) * (shape.overhead + blocks);
   }
   [[nodiscard]] FLASH_MLA_HOST_DEVICE std::int32_t item_cost(std::int32_t blocks) const {
-    return whole_parts ? ceil_div(blocks, payload) * payload : shape.overhead + blocks;
+    return whole_parts ? payload.ceil_quotient(blocks) * payload : shape.overhead + blocks;
   }
 
   // Where a part begins in the row of items. Every part has an overhead of its own when it begins
@@ -130,8 +172,8 @@ struct Schedule {
     if (whole_parts) {
       piece.begin = clamped(-relative, blocks);
       piece.end = clamped(payload - relative, blocks);
-      piece.index = -relative / payload;
-      piece.count = ceil_div(blocks, payload);
+      piece.index = payload.ceil_quotient(-relative);
+      piece.count = payload.ceil_quotient(blocks);
       piece.first_part = part - piece.index;
       return piece;
     }
@@ -144,8 +186,8 @@ struct Schedule {
     // The first part whose end lies past the first cut, and the part whose end lies past the last
     // block.
     const std::int32_t begin = relative + shape.overhead;
-    piece.index = 1 - ceil_div(begin + 1, payload);
-    piece.count = ceil_div(begin + blocks, payload) + piece.index;
+    piece.index = 1 - payload.ceil_quotient(begin + 1);
+    piece.count = payload.ceil_quotient(begin + blocks) + piece.index;
     piece.first_part = part - piece.index;
     return piece;
   }

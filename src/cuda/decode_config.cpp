@@ -62,12 +62,22 @@ Status decode_config(const DecodeParams& params, std::int32_t device,
   const std::int32_t groups = ceil_div(rows, decode_dense::kTileRows * config->cluster);
   ScheduleShape& schedule = config->schedule;
   schedule.team = choose_team(groups, clusters);
-  schedule.chunks = ceil_div(groups, schedule.team);
   schedule.num_parts = clusters / schedule.team;
-  schedule.items_per_request = std::max(params.h_kv, 1) * schedule.chunks;
   schedule.overhead = kItemOverhead;
   schedule.min_blocks = least_blocks(rows);
   schedule.split = params.split;
+  schedule.rows = rows;
+  // A tile begins at any row only where rows lie one after the other.
+  schedule.levels = params.split && query_rows(params).dense && rows > 16 ? kTileLevels : 1;
+  for (std::int32_t level = 0; level < kTileLevels; ++level) {
+    const std::int32_t tile_rows = decode_dense::kTileRows >> level;
+    const std::int32_t chunks =
+        ceil_div<std::int32_t>(ceil_div(rows, tile_rows * config->cluster), schedule.team);
+    schedule.chunks_at[level] = chunks;
+    schedule.items_at[level] = std::max(params.h_kv, 1) * chunks;
+  }
+  schedule.chunks = schedule.chunks_at[0];
+  schedule.items_per_request = schedule.items_at[0];
   config->ctas = schedule.num_parts * schedule.team * config->cluster;
   // The same for all shapes, so that a workspace can serve every call.
   config->counters_size = ctas * sizeof(std::uint64_t);

@@ -154,6 +154,63 @@ void check_all_shapes(const std::vector<std::int32_t>& lengths) {
   }
 }
 
+TEST(Divider, DividesAsTheProcessorDoes) {
+  std::mt19937 random(3);
+  std::vector<std::int32_t> numbers = {
+      0, 1, 2, 3, 63, 64, 65, 66, 132, 1 << 30, INT32_MAX - 1, INT32_MAX};
+  for (int i = 0; i < 2000; ++i)
+    numbers.push_back(static_cast<std::int32_t>(random() >> (1 + i % 31)));
+  for (const std::int32_t divisor : numbers) {
+    if (divisor == 0) continue;
+    const Divider divider(divisor);
+    for (const std::int32_t n : numbers) {
+      ASSERT_EQ(divider.quotient(n), n / divisor) << n << " / " << divisor;
+      ASSERT_EQ(divider.ceil_quotient(n), n / divisor + (n % divisor > 0)) << n << " / " << divisor;
+      ASSERT_EQ(divider.ceil_quotient(-n), -(n / divisor)) << -n << " / " << divisor;
+    }
+  }
+}
+
+// 128 rows on 66 pairs of CTAs.
+ScheduleShape shape_of_pairs() {
+  ScheduleShape shape = {
+      .num_parts = 66, .overhead = 2, .min_blocks = 2, .levels = kTileLevels, .rows = 128};
+  for (int level = 0; level < kTileLevels; ++level)
+    shape.chunks_at[level] = shape.items_at[level] = 1 << level;
+  return shape;
+}
+
+std::int32_t level_of(const ScheduleShape& shape, std::int32_t b, std::int32_t blocks) {
+  std::uint32_t least = ~0u;
+  for (int level = 0; level < 32; ++level)
+    least = std::min(least, shape.level_cost(level, b, b * blocks, blocks));
+  return static_cast<std::int32_t>(least & 7);
+}
+
+TEST(Schedule, TilesAreCutFinerWhereTheMergeCostsMoreThanThePages) {
+  const ScheduleShape shape = shape_of_pairs();
+  EXPECT_EQ(level_of(shape, 1, 1), 0);  // nothing to merge
+  EXPECT_EQ(level_of(shape, 1, 16), 2);
+  EXPECT_EQ(level_of(shape, 1, 64), 1);
+  EXPECT_EQ(level_of(shape, 1, 256), 0);
+  EXPECT_EQ(level_of(shape, 1, 2048), 0);
+  EXPECT_EQ(level_of(shape, 33, 3), 1);
+  EXPECT_EQ(level_of(shape, 34, 3), 0);  // no part has two items
+  EXPECT_EQ(level_of(shape, 1, 1 << 29), 0);
+  ScheduleShape only = shape;
+  only.levels = 1;
+  EXPECT_EQ(level_of(only, 1, 16), 0);
+}
+
+TEST(Schedule, EveryLevelCoversEverything) {
+  for (int level = 0; level < kTileLevels; ++level) {
+    const ScheduleShape shape = shape_of_pairs().at_level(level);
+    EXPECT_EQ(shape.items_per_request * (kTileRowsAtMost >> level) * 2, 128);
+    for (const int length : {1, 64, 1000, 4096, 100000}) check_schedule(shape, {length});
+    check_schedule(shape, {1000, 0, 50, 4096, 4096});
+  }
+}
+
 TEST(Schedule, BlocksOfARequest) {
   EXPECT_EQ(schedule_blocks(0), 1);
   EXPECT_EQ(schedule_blocks(-5), 1);

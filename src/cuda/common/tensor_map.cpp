@@ -176,8 +176,8 @@ QueryRows query_rows(const DecodeParams& params) noexcept {
           false};
 }
 
-Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
-                        CUtensorMap* map) noexcept {
+Status query_tensor_maps(const DecodeParams& params, const QueryRows& rows, CUtensorMap* part_map,
+                         CUtensorMap* rope_map) noexcept {
   const auto extent = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
   // As in make_key(): a stride that is never used may be anything in the tensor.
   const auto stride = [](std::int64_t stride, std::int64_t n) {
@@ -187,14 +187,16 @@ Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
   const std::int64_t tokens = rows.dense ? 1 : params.s_q;
   const auto box_heads = static_cast<cuuint32_t>(
       rows.dense ? kPageRows : std::min<std::int64_t>(rows.width, kPageRows));
-  const MapShape shape = {
+  MapShape shape = {
       const_cast<void*>(params.q),
       params.dtype,
       {kTileColumns, extent(heads), extent(tokens), kColumnTiles, extent(params.b)},
       {stride(params.stride_q_h, heads), stride(params.stride_q_s, tokens), kTileColumns,
        stride(params.stride_q_b, params.b)},
-      {kTileColumns, box_heads, static_cast<cuuint32_t>(kPageRows) / box_heads, 1, 1}};
-  return encode_map("q", shape, map);
+      {kTileColumns, box_heads, static_cast<cuuint32_t>(kPageRows) / box_heads, kPartTiles, 1}};
+  FLASH_MLA_RETURN_IF_ERROR(encode_map("q", shape, part_map));
+  shape.box[3] = kRopeTiles;
+  return encode_map("q", shape, rope_map);
 }
 
 }  // namespace flash_mla::cuda

@@ -37,12 +37,11 @@ struct QueryRows {
 };
 QueryRows query_rows(const DecodeParams& params) noexcept;
 
-// Rank-5 map over q [b, s_q, h_q, 576], any strides that are multiples of 16 bytes. Coordinates,
+// Rank-5 maps over q [b, s_q, h_q, 576], any strides that are multiples of 16 bytes. Coordinates,
 // innermost first: column in the tile (0), head, query token, column tile, request; dense rows: row
-// instead of head, and 0. The box has 64 rows of one tile, 8 KB; outside of q it reads zeros. Made
-// anew each time: q moves, and making it is pure host arithmetic. Errors: kCudaError (the driver
-// refused).
-Status query_tensor_map(const DecodeParams& params, const QueryRows& rows,
-                        CUtensorMap* map) noexcept;
+// instead of head, and 0. Boxes as those of a page; outside of q they read zeros. Made anew each
+// time: q moves, and making them is pure host arithmetic. Errors: kCudaError (the driver refused).
+Status query_tensor_maps(const DecodeParams& params, const QueryRows& rows, CUtensorMap* part_map,
+                         CUtensorMap* rope_map) noexcept;
 
 }  // namespace flash_mla::cuda

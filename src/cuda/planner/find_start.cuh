@@ -12,8 +12,10 @@
 // Where items may take whole parts, step 2 includes a search, by all warps, for the least payload
 // with which they do, and one more barrier.
 //
-// A team of one warp needs no barrier. No atomics, no global memory: two CTAs agree because they
-// compute the same thing, whatever their teams.
+// Where requests are few (kFewRequests), one warp does it alone, a lane for each request: no shared
+// memory, and little code, which a short decode waits for.
+//
+// No atomics, no global memory: two CTAs agree because they compute the same thing.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -35,13 +37,7 @@ struct Team {
   static constexpr int kThreads = kThreads_;
   static constexpr int kWarps = kThreads / 32;
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
-  __device__ __forceinline__ static void meet() {
-    if constexpr (kWarps == 1) {
-      __syncwarp();
-    } else {
-      ptx::named_barrier_sync(kBarrier, kThreads);
-    }
-  }
+  __device__ __forceinline__ static void meet() { ptx::named_barrier_sync(kBarrier, kThreads); }
 };
 
 // Longest request that a block table of `max_pages` columns allows, a multiple of 64 below 2^31, so
@@ -80,7 +76,7 @@ struct FindStartScratch {
 // overwritten. `scratch` is shared memory; the team must meet before that memory is used again.
 template <typename Team>
 __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, std::int32_t max_len,
-                            const ScheduleShape& shape, std::int32_t part, Schedule& schedule,
+                            const ScheduleShape& any_level, std::int32_t part, Schedule& schedule,
                             FindStartScratch<Team>& scratch) {
   constexpr int kThreads = Team::kThreads, kWarps = Team::kWarps;
   constexpr int kRows = 4;  // lengths a lane has in flight: 32 requests side by side make a row
@@ -93,7 +89,7 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
 
   // Costs of one item of the requests; at most kMostScheduleCost all together.
   const auto unit_cost = [&](std::int32_t seqlen) -> std::uint32_t {
-    return shape.overhead + schedule_blocks(clamp_seqlen(seqlen, max_len));
+    return any_level.overhead + schedule_blocks(clamp_seqlen(seqlen, max_len));
   };
   std::uint32_t units = 0, most = 0;
 #pragma unroll 1
@@ -127,6 +123,14 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     total += scratch.warp_units[i];
     most = max(most, scratch.warp_most[i]);
   }
+  std::int32_t level = 0;
+  if (any_level.levels > 1) {  // a lane for each
+    const std::uint32_t cost =
+        any_level.level_cost(lane, b, total - b * any_level.overhead,
+                             static_cast<std::int32_t>(most) - any_level.overhead);
+    level = static_cast<std::int32_t>(__reduce_min_sync(kAllLanes, cost) & 7);
+  }
+  const ScheduleShape shape = any_level.at_level(level);
   schedule = Schedule(shape, static_cast<std::int64_t>(total) * shape.items_per_request);
   bool mine = true;  // this warp's range holds the part's begin, if any does
   const std::int64_t items = static_cast<std::int64_t>(b) * shape.items_per_request;
@@ -142,10 +146,11 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     std::int32_t found = 0;
 #pragma unroll 1
     for (int i = warp; i < most_tries && found == 0; i += kWarps) {
+      const Divider payload(least + i);
       std::int32_t pieces = 0;
 #pragma unroll 1
       for (std::int32_t at = lane; at < b; at += 32) {
-        pieces += ceil_div(schedule_blocks(clamp_seqlen(cache_seqlens[at], max_len)), least + i);
+        pieces += payload.ceil_quotient(schedule_blocks(clamp_seqlen(cache_seqlens[at], max_len)));
       }
       pieces = __reduce_add_sync(kAllLanes, pieces) * shape.items_per_request;
       if (schedule.improved_by_whole_parts(least + i, pieces)) found = least + i;
@@ -167,10 +172,9 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
     first = 0;
     last = b;
   }
-  // In costs of one item of each request. (A division is a hundred clocks of a short decode.)
-  const auto begin = static_cast<std::uint32_t>(schedule.part_begin(part));
-  const std::uint32_t position =
-      shape.items_per_request == 1 ? begin : begin / shape.items_per_request;
+  // In costs of one item of each request.
+  const auto position = static_cast<std::uint32_t>(
+      shape.items_per_request.quotient(static_cast<std::int32_t>(schedule.part_begin(part))));
   if (!schedule.whole_parts) {
     mine = position >= total ? warp == 0 : position >= before && position < before + units;
     if (position >= total) first = last;
@@ -200,6 +204,60 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
   }
   Team::meet();
   return scratch.start;
+}
+
+inline constexpr std::int32_t kFewRequests = 32;
+
+// The same by one warp, for at most kFewRequests requests.
+__device__ __forceinline__ Start find_start_of_few(const std::int32_t* cache_seqlens,
+                                                   std::int32_t b, std::int32_t max_len,
+                                                   const ScheduleShape& any_level,
+                                                   std::int32_t part, Schedule& schedule) {
+  constexpr std::uint32_t kAllLanes = 0xffffffff;
+  const std::int32_t lane = threadIdx.x % 32;
+  const std::int32_t seqlen = lane < b ? clamp_seqlen(cache_seqlens[lane], max_len) : 0;
+  const std::int32_t blocks = lane < b ? schedule_blocks(seqlen) : 0;
+  const std::int32_t total = __reduce_add_sync(kAllLanes, blocks);
+  const std::int32_t most = __reduce_max_sync(kAllLanes, blocks);
+  std::int32_t level = 0;
+  if (any_level.levels > 1) {  // a lane for each
+    level = static_cast<std::int32_t>(
+        __reduce_min_sync(kAllLanes, any_level.level_cost(lane, b, total, most)) & 7);
+  }
+  const ScheduleShape shape = any_level.at_level(level);
+  const std::int32_t items = b * shape.items_per_request;
+  schedule = Schedule(shape, total * shape.items_per_request + items * shape.overhead);
+  if (shape.split && items > shape.num_parts) {
+    if (total == b * most) schedule.align_to_items(items, most + shape.overhead);
+  } else if (shape.split) {
+    const std::int32_t least = schedule.least_whole_payload(total * shape.items_per_request);
+    const std::int32_t tries = min(kWholePayloads, schedule.payload + shape.overhead - least + 1);
+#pragma unroll 1
+    for (std::int32_t payload = least; payload < least + tries; ++payload) {
+      const std::int32_t pieces = __reduce_add_sync(kAllLanes, ceil_div(blocks, payload));
+      if (schedule.improved_by_whole_parts(payload, pieces * shape.items_per_request)) {
+        schedule = Schedule(shape, payload, true);
+        break;
+      }
+    }
+  }
+  // In costs of one item of each request.
+  const std::int32_t position =
+      shape.items_per_request.quotient(static_cast<std::int32_t>(schedule.part_begin(part)));
+  const std::int32_t own = lane < b ? schedule.item_cost(blocks) : 0;
+  std::int32_t start = own;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const std::int32_t left = __shfl_up_sync(kAllLanes, start, distance);
+    if (lane >= distance) start += left;
+  }
+  start -= own;
+  const std::uint32_t here = __ballot_sync(kAllLanes, start <= position && position < start + own);
+  if (here == 0) return {b, 0, 0};
+  const std::int32_t request = __ffs(static_cast<int>(here)) - 1;
+  return {
+      request, __shfl_sync(kAllLanes, seqlen, request),
+      static_cast<std::int64_t>(__shfl_sync(kAllLanes, start, request)) * shape.items_per_request};
 }
 
 }  // namespace flash_mla::cuda

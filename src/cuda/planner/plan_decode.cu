@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) plan_split(const __grid_constant__ P
     const std::int32_t seqlen =
         exists ? clamp_seqlen(args.cache_seqlens[request], args.max_len) : 0;
     const std::int32_t blocks = schedule_blocks(seqlen);
-    const std::int64_t cost = exists ? static_cast<std::int64_t>(args.shape.items_per_request) *
+    const std::int64_t cost = exists ? static_cast<std::int64_t>(schedule.shape.items_per_request) *
                                            schedule.item_cost(blocks)
                                      : 0;
 
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) plan_split(const __grid_constant__ P
            part < args.shape.num_parts && schedule.part_begin(part) < start + cost; ++part) {
         starts[part] = {request, seqlen, start};
       }
-      for (std::int32_t item = 0; item < args.shape.items_per_request; ++item) {
+      for (std::int32_t item = 0; item < schedule.shape.items_per_request; ++item) {
         pieces += schedule.piece(start + item * schedule.item_cost(blocks), blocks, 0).count;
       }
     }

@@ -19,6 +19,18 @@ __device__ __forceinline__ uint32_t thread_index() {
   return index;
 }
 
+// Likewise blockIdx.x and gridDim.x.
+__device__ __forceinline__ uint32_t cta_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+__device__ __forceinline__ uint32_t cta_count() {
+  uint32_t count;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
+  return count;
+}
+
 // Waits until the phase with this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!::cuda::ptx::mbarrier_try_wait_parity(barrier, parity)) {
@@ -47,6 +59,11 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
 // Makes this thread's writes to shared memory visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same for writes to global memory, of other threads too that this one knows to be done.
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 template <int kRegisters>
@@ -81,6 +98,11 @@ __device__ __forceinline__ unsigned long long atomic_add_gpu(unsigned long long*
                : "l"(pointer), "l"(addend)
                : "memory");
   return before;
+}
+// The same by somebody who need not know.
+__device__ __forceinline__ void reduce_add_release(unsigned long long* pointer,
+                                                   unsigned long long addend) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(pointer), "l"(addend) : "memory");
 }
 // The same where nothing is published with it.
 __device__ __forceinline__ unsigned long long atomic_add_relaxed(unsigned long long* pointer,

@@ -17,29 +17,27 @@ struct Rows {
   const KernelParams& params;
   const WorkItem& item;
 
-  // Padded numbers (row_width > heads_per_kv) are no rows.
-  __device__ __forceinline__ bool valid(int row) const {
-    return row < item.rows && (item.first_row + row) % params.row_width < params.heads_per_kv;
-  }
-  struct Index {
+  struct Place {
     int s, head;
+    bool valid;
   };
-  __device__ __forceinline__ Index index(int row) const {
-    const int r = item.first_row + row;
-    return {r / params.row_width, item.head * params.heads_per_kv + r % params.row_width};
+  // Padded numbers (row_width > heads_per_kv) are no rows.
+  __device__ __forceinline__ Place place(int row) const {
+    const int r = item.first_row + row, s = params.row_width.quotient(r);
+    const int head = r - s * params.row_width;
+    return {s, item.head * params.heads_per_kv + head,
+            row < item.rows && head < params.heads_per_kv};
   }
-  __device__ __forceinline__ Element* out(int row) const {
+  __device__ __forceinline__ Element* out(const Place& at) const {
     const DecodeParams& decode = params.decode;
-    const Index at = index(row);
     return static_cast<Element*>(decode.out) + item.request * decode.stride_out_b +
            at.s * decode.stride_out_s + at.head * decode.stride_out_h;
   }
   // `sum` 0: the row saw no key. (NaN among its scores gives NaN.)
-  __device__ __forceinline__ void store_lse(int row, RowState state) const {
+  __device__ __forceinline__ void store_lse(const Place& at, RowState state) const {
     const DecodeParams& decode = params.decode;
-    if (decode.lse == nullptr || !valid(row)) return;
+    if (decode.lse == nullptr || !at.valid) return;
     constexpr float kLn2 = 0.693147180559945309f;
-    const Index at = index(row);
     decode.lse[item.request * decode.stride_lse_b + at.head * decode.stride_lse_h +
                at.s * decode.stride_lse_s] =
         state.sum == 0.f ? decode.empty_lse : (state.max + __log2f(state.sum)) * kLn2;
@@ -48,8 +46,9 @@ struct Rows {
 
 // Partial results of a CTA: slot 0 for pieces 1.. of an item, slot 1 for piece 0.
 __device__ __forceinline__ float* partial_output(const KernelParams& params, int cta, int slot) {
-  return reinterpret_cast<float*>(params.partials +
-                                  static_cast<int64_t>(slot * gridDim.x + cta) * kPartialBytes);
+  return reinterpret_cast<float*>(
+      params.partials +
+      static_cast<int64_t>(slot * static_cast<int>(ptx::cta_count()) + cta) * kPartialBytes);
 }
 __device__ __forceinline__ RowState* partial_rows(float* output) {
   return reinterpret_cast<RowState*>(output + kPartialFloats);
@@ -61,36 +60,77 @@ struct Epilogue {
   const Output<T>& output;
   const KernelParams& params;
 
-  // Writes the item's rows of out and lse.
-  __device__ __forceinline__ void store_output(const WorkItem& item) const {
+  // Writes the item's rows of out and lse; of two pieces, with the other one's partial result,
+  // `other`, added, else null. Both ways round that sum is the same, bit for bit: its products and
+  // the sum are rounded one by one.
+  __device__ __forceinline__ void store_output(const WorkItem& item, const float* other) const {
     const Rows<Element> rows{params, item};
-    const int warpgroup = ptx::thread_index() / kWarpgroup;
+    const int warpgroup = ptx::thread_index() / kWarpgroup, lane = lane_index(), row = row_index();
+    if (row / 16 * 16 >= item.rows) return;
+    float own_weight[2], other_weight[2];  // both over the sum
+    Element* target[2];
+    const bool odd = lane % 2;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int lane = lane_index(), row = row_index() + 8 * h;
-      const RowState state = output.state[h];
-      if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(row, state);
-      if (row - lane / 4 >= item.rows) return;  // of no row of this warp
-      const float inverse = inverse_or_zero(state.sum);
-      const bool valid = rows.valid(row), odd = lane % 2;
+      const RowState own = output.state[h];
+      float2 state = {kNoMaximum, 0.f};
+      if (other != nullptr) {
+        state = reinterpret_cast<const float2*>(other + kPartialFloats)[row + 8 * h];
+      }
+      const float top = fmaxf(own.max, state.x);
+      own_weight[h] = ptx::exp2_approx(own.max - top);
+      other_weight[h] = ptx::exp2_approx(state.x - top);
+      const float sum = weighted(own_weight[h], own.sum, other_weight[h], state.y);
+      const auto place = rows.place(row + 8 * h);
+      if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(place, {top, sum});
+      own_weight[h] *= inverse_or_zero(sum);
+      other_weight[h] *= inverse_or_zero(sum);
       // Of two neighbouring tiles of eight columns a lane has two columns each. Even lanes take the
       // next two of the first tile from their neighbour for theirs of the second, so that the four
       // lanes of a row store 32 bytes, a whole sector, at once.
-      Element* target = rows.out(valid ? row : 0) + warpgroup * (kHeadDimV / 2) +
-                        (odd ? 6 + lane % 4 * 2 : lane % 4 * 2);
+      target[h] = place.valid ? rows.out(place) + warpgroup * (kHeadDimV / 2) +
+                                    (odd ? 6 + lane % 4 * 2 : lane % 4 * 2)
+                              : nullptr;
+    }
+    const float4* source = reinterpret_cast<const float4*>(other) +
+                           (row / 16 * kUnitsPerRowWarp + warpgroup) * 32 + lane;
+    constexpr int kTiles = 4;
 #pragma unroll
-      for (int tile = 0; tile < 32; tile += 2) {
-        const int i = tile * 4 + 2 * h;
-        const uint32_t first = pack<Element>(output.at(i) * inverse, output.at(i + 1) * inverse);
-        const uint32_t second =
-            pack<Element>(output.at(i + 4) * inverse, output.at(i + 5) * inverse);
-        const uint32_t other = __shfl_xor_sync(~0u, odd ? first : second, 1);
-        if (valid) {
-          *reinterpret_cast<uint2*>(target + tile * 8) =
-              odd ? uint2{other, second} : uint2{first, other};
+    for (int tile = 0; tile < 32; tile += kTiles) {
+      float x[4 * kTiles];
+      if (other != nullptr) {
+        float4 value[kTiles];
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) value[i] = source[(tile + i) * 64];
+#pragma unroll
+        for (int i = 0; i < 4 * kTiles; ++i) {
+          const float4& v = value[i / 4];
+          const float y = i % 4 == 0 ? v.x : (i % 4 == 1 ? v.y : (i % 4 == 2 ? v.z : v.w));
+          x[i] =
+              weighted(own_weight[i / 2 % 2], output.at(4 * tile + i), other_weight[i / 2 % 2], y);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4 * kTiles; ++i) x[i] = own_weight[i / 2 % 2] * output.at(4 * tile + i);
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; i += 2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t low = pack<Element>(x[4 * i + 2 * h], x[4 * i + 2 * h + 1]);
+          const uint32_t high = pack<Element>(x[4 * i + 4 + 2 * h], x[4 * i + 5 + 2 * h]);
+          const uint32_t neighbour = __shfl_xor_sync(~0u, odd ? low : high, 1);
+          if (target[h] != nullptr) {
+            *reinterpret_cast<uint2*>(target[h] + (tile + i) * 8) =
+                odd ? uint2{neighbour, high} : uint2{low, neighbour};
+          }
         }
       }
     }
+  }
+  __device__ __forceinline__ static float weighted(float own_weight, float own, float other_weight,
+                                                   float other) {
+    return __fadd_rn(__fmul_rn(own_weight, own), __fmul_rn(other_weight, other));
   }
 
   // Every store of a warp is a unit; warps without a row store nothing.
@@ -98,7 +138,8 @@ struct Epilogue {
     const int row = row_index(), lane = lane_index(), row_warp = row / 16;
     if (row_warp * 16 >= item.rows) return;
     const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);
-    float* partial = partial_output(params, blockIdx.x, item.piece_index == 0);
+    float* partial =
+        partial_output(params, static_cast<int>(ptx::cta_index()), item.piece_index == 0);
     if (side == 0 && lane % 4 == 0) {
       partial_rows(partial)[row] = output.state[0];
       partial_rows(partial)[row + 8] = output.state[1];

@@ -5,8 +5,9 @@
 //   warpgroups 0, 1  the output, half of the columns each (output.cuh), then the epilogue
 //                    (epilogue.cuh) and, for requests that were split, the merge (merge.cuh);
 //   warpgroup 2      scores and softmax (score.cuh), ahead of them;
-//   warp 12          the pages and Q's right half, by TMA (producer.cuh);
-//   warp 13          the work items, and the rest of Q (producer.cuh).
+//   warp 12          the work items, and Q but for its right half, by TMA (producer.cuh);
+//   warp 13          the right halves of Q and of the pages, by TMA (producer.cuh);
+//   warps 14, 15     the left halves and the RoPE parts of the pages.
 // With more than 64 rows two CTAs make a cluster: 64 rows each, and every page comes once, by
 // multicast to both.
 //
@@ -29,19 +30,20 @@ __device__ __forceinline__ int arrivals(int i, int cluster) {
   if (i < kQueryBuffer) return 2 * kWarps * cluster;
   if (i < kBuffers) return kWarps;
   i -= kBuffers;
-  if (i < 2 * kRopeBuffers + 1) return kWarpgroup;  // p_ready, left_issued
-  i -= 2 * kRopeBuffers + 1;
-  return i < kItems ? 1 : 3 * kWarps + 1;  // item_empty: warpgroups 0 to 2, page warp
+  if (i < 2 * kRopeBuffers) return kWarpgroup;  // p_ready
+  i -= 2 * kRopeBuffers;
+  return i < kItems ? 1 : 3 * kWarps + 3;  // item_empty: warpgroups 0 to 2, who loads pages
 }
 
-// By one warpgroup.
+// By one warp.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared, int cluster) {
   namespace p = ::cuda::ptx;
-  const int i = threadIdx.x % kWarpgroup;
-  static_assert(kBarriers <= kWarpgroup);
+  static_assert(kBarriers <= 32);
+  const int i = threadIdx.x % 32;
   if (i < kBarriers) {
     p::mbarrier_init(reinterpret_cast<uint64_t*>(&shared.barriers) + i, arrivals(i, cluster));
     p::fence_mbarrier_init(p::sem_release, p::scope_cluster);
+    ptx::fence_proxy_async();
   }
 }
 
@@ -49,58 +51,71 @@ template <typename T>
 __device__ __forceinline__ void put_out(const KernelParams& params, SharedStorage& shared) {
   Output<T> output(params, shared);
   Merger<T> merger{params, shared};
+#pragma unroll 1
   for (Ring at(0, kItems);; at.advance()) {
     ptx::mbarrier_wait(&shared.barriers.item_full[at.slot()], at.phase());
     const WorkItem& item = shared.items[at.slot()];
     if (item.end) break;
     output.run(item);
-    merger.put_out(item, output);
+    merger.put_out(item, output, at);
     __syncwarp();
     if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared.barriers.item_empty[at.slot()]);
   }
   merger.finish();
 }
 
-template <typename T>
-__device__ __forceinline__ void cluster_sync() {
+// Before the roles, nothing but the barriers is published, and init_barriers() has its own fence: a
+// releasing arrival would wait for every load on its way.
+template <typename T, typename Semantics>
+__device__ __forceinline__ void cluster_sync(Semantics semantics) {
   if constexpr (T::kMulticast) {
-    ::cuda::ptx::barrier_cluster_arrive();
+    ::cuda::ptx::barrier_cluster_arrive(semantics);
     ::cuda::ptx::barrier_cluster_wait();
   } else {
     __syncthreads();
   }
 }
 
-// Where this CTA's part starts. By warp kQueryWarp, or, where requests are many, by all producers.
-template <typename Team>
-__device__ __forceinline__ Walk plan(const KernelParams& params, int part,
-                                     FindStartScratch<Team>& scratch) {
+// Where this CTA's part starts: by one warp alone, or, where requests are many, by all producers.
+__device__ __forceinline__ Walk plan(const KernelParams& params, int part, SharedStorage& shared,
+                                     Rules& rules) {
+  const DecodeParams& decode = params.decode;
   Schedule schedule(params.schedule, 0);
-  const Start start = find_start<Team>(params.decode.cache_seqlens, params.decode.b,
-                                       max_seqlen(params.decode.max_pages), params.schedule, part,
-                                       schedule, scratch);
-  return begin_walk(params.schedule, schedule, start, part);
+  const int32_t max_len = max_seqlen(decode.max_pages);
+  const Start start =
+      decode.b > kFewRequests
+          ? find_start<Producers>(decode.cache_seqlens, decode.b, max_len, params.schedule, part,
+                                  schedule, shared.find_start)
+          : find_start_of_few(decode.cache_seqlens, decode.b, max_len, params.schedule, part,
+                              schedule);
+  rules = {schedule.payload, schedule.whole_parts, schedule.shape.chunks,
+           kTileRows >> schedule.shape.level};
+  return begin_walk(schedule, start, part);
 }
 
-// What comes before all roles meet, the lengths first: a short decode waits for little else.
+// What comes before all roles meet, up to the loads of the first page: a short decode waits for
+// little else. Nothing here concerns the other CTA of a pair.
 template <typename T>
 __device__ __forceinline__ Walk prepare(const KernelParams& params, const TensorMaps& maps,
                                         SharedStorage& shared) {
-  const int warp = threadIdx.x / 32, warpgroup = threadIdx.x / kWarpgroup;
+  constexpr int kInitWarp = kScoreWarpgroup * (kWarpgroup / 32);
+  const int warp = threadIdx.x / 32;
+  const auto position = Position<T::kCluster>::here(params.schedule);
   Walk walk = {};
-  if (warpgroup == kProducerWarpgroup) {
-    const int part = Position<T::kCluster>::here(params.schedule).part;
-    if (warp == kPageWarp) prefetch(params, maps);
-    if (params.decode.b > kOneWarpRequests) {
-      walk = plan<Producers>(params, part, shared.find_start.producers);
-    } else if (warp == kQueryWarp) {
-      walk = plan<OneWarp>(params, part, shared.find_start.warp);
-    }
-  } else if (warpgroup == kScoreWarpgroup) {
+  Rules rules = {};
+  const bool begins = warp == kQueryWarp || warp == kRightWarp;
+  if (warp == kRopeWarp) prefetch(params, maps);
+  if (begins || (warp > kQueryWarp && params.decode.b > kFewRequests)) {
+    walk = plan(params, position.part, shared, rules);
+  } else if (warp == kInitWarp) {
     init_barriers(shared, T::kCluster);
   } else if (threadIdx.x == 0) {
+    ::cuda::ptx::mbarrier_init(&shared.merge_landed, 1);
+    ptx::fence_proxy_async();
     shared.num_split_tiles = 0;
   }
+  if (warp == kInitWarp || begins) ptx::named_barrier_sync(kBarriersMade, 3 * 32);
+  if (begins) Producer<T>(params, maps, shared, position).begin(rules, walk);
   return walk;
 }
 
@@ -111,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
   const Walk walk = prepare<T>(params, maps, shared);
-  cluster_sync<T>();
+  cluster_sync<T>(::cuda::ptx::sem_relaxed);
 
   if (threadIdx.x < kOutputThreads) {
     ptx::increase_registers<kOutputRegisters>();
@@ -121,13 +136,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     ptx::decrease_registers<kProducerRegisters>();
     Producer<T> producer(params, maps, shared, Position<T::kCluster>::here(params.schedule));
-    if (threadIdx.x / 32 == kPageWarp) {
+    if (threadIdx.x / 32 != kQueryWarp) {
       producer.load_pages();
     } else if (threadIdx.x == kQueryWarp * 32) {
       producer.walk_items(walk);
     }
   }
-  cluster_sync<T>();  // the other CTA may still signal this one's barriers
+  cluster_sync<T>(::cuda::ptx::sem_release);  // the other CTA may still signal this one's barriers
 }
 
 }  // namespace flash_mla::cuda::decode_dense

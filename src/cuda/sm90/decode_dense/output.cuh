@@ -92,7 +92,6 @@ class Output {
       }
     }
     ptx::wgmma_commit();
-    if (warpgroup() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.left_issued);
   }
 
   // The factor is seldom another than 1.

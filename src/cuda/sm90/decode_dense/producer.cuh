@@ -1,5 +1,6 @@
 // The producer warpgroup: one warp walks the work items, tells everybody and brings Q's left half
-// and RoPE part; another brings Q's right half and the pages. All by TMA.
+// and RoPE part; the others bring the pages, a kind of buffer each, so that none waits for another
+// kind's, and one of them Q's right half. All by TMA.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -7,21 +8,23 @@
 
 namespace flash_mla::cuda::decode_dense {
 
-// By the page warp: what it needs first is on its way while the work is found. Where requests are
-// few, that may be any line of the block table.
+// By one warp: what is needed first is on its way while the work is found. Where requests are few,
+// that may be any line of the block table.
 __device__ __forceinline__ void prefetch(const KernelParams& params, const TensorMaps& maps) {
   const int lane = threadIdx.x % 32;
   if (lane == 0) {
-    ptx::prefetch_map(&maps.query);
+    ptx::prefetch_line(params.decode.cache_seqlens);
+    ptx::prefetch_map(&maps.query_half);
+    ptx::prefetch_map(&maps.query_rope);
     ptx::prefetch_map(&maps.half);
     ptx::prefetch_map(&maps.rope);
   }
   constexpr int kLinePages = 128 / sizeof(int32_t);
   const DecodeParams& decode = params.decode;
-  const int row_lines = ceil_div(decode.max_pages, kLinePages);
-  if (row_lines > 32 || decode.b > 32 || lane >= decode.b * row_lines) return;
-  ptx::prefetch_line(decode.block_table + lane / row_lines * decode.stride_block_table_b +
-                     lane % row_lines * kLinePages);
+  const int64_t pages = (decode.b - 1) * decode.stride_block_table_b + decode.max_pages;
+  if (decode.max_pages > 0 && pages <= 32 * kLinePages && lane * kLinePages < pages) {
+    ptx::prefetch_line(decode.block_table + lane * kLinePages);
+  }
 }
 
 template <typename T>
@@ -31,68 +34,88 @@ class Producer {
                       Position<T::kCluster> position)
       : params_(params), maps_(maps), shared_(shared), position_(position) {}
 
-  // The work items, by one thread.
-  __device__ void walk_items(Walk walk) {
-    Rings rings;
-    Ring q(kQueryBuffer, 1);
-    bool end = false;
-    for (Ring at(0, kItems); !end; at.advance()) {
-      ptx::mbarrier_wait(&shared_.barriers.item_empty[at.slot()], at.phase() ^ 1);
-      WorkItem& item = shared_.items[at.slot()];
-      next_item(params_, position_, walk, item);
-      item.left = rings.left.position();
-      item.right = rings.right.position();
-      item.rope = rings.rope.position();
-      item.query_phase = q.phase();
-      end = item.end;
-      ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);
-      if (end || item.pages == 0) continue;
-      rings.left.advance(item.pages);
-      rings.right.advance(item.pages + 1);
-      rings.rope.advance(item.pages);
-      uint64_t* full = begin_load(q, kHalfBytes + kTileBytes);
-      load_query_tiles(item, 0, kHalfTiles, shared_.q_left, full);
-      load_query_tiles(item, kRopeTile, 1, shared_.q_rope, full);
-      q.advance();
+  // The first work item, by both warps, before the roles begin: what it needs is on its way while
+  // the CTA, and its pair, get ready. The query warp's walk goes on from there.
+  __device__ __forceinline__ void begin(const Rules& rules, Walk& walk) {
+    WorkItem item = {};
+    next_item(params_, rules, position_, walk, item);
+    if (threadIdx.x == kQueryWarp * 32) {
+      if (item.pages > 0) {
+        load_right_query(item, Rings().right);
+        load_query(item, Ring(kQueryBuffer, 1));
+      }
+      shared_.rules = rules;
+      shared_.items[0] = item;
+      ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);
+    } else if (threadIdx.x == kRightWarp * 32 && item.pages > 0) {
+      const int page = __ldg(table_of(item));
+      for (int warp = kRightWarp; warp <= kRopeWarp; ++warp) {
+        Part part = part_of(warp);
+        if (warp == kRightWarp) part.ring.advance();  // past Q
+        load<false>(part, item.head, page);
+      }
     }
   }
 
-  // Q's right half, then the pages, of every item in order. A pair of CTAs shares the load of a
-  // page: CTA 0 sends the left half to both, CTA 1 the right half, and they take turns with the
-  // RoPE part.
-  __device__ void load_pages() {
-    const int lane = threadIdx.x % 32;
+  // The other work items, by one thread.
+  __device__ void walk_items(Walk walk) {
     Rings rings;
-    int turn = 0;
+    Ring at(0, kItems), q(kQueryBuffer, 1);
+    while (true) {
+      const WorkItem& item = shared_.items[at.slot()];
+      if (item.end) break;
+      if (item.pages > 0) {
+        rings.left.advance(item.pages);
+        rings.right.advance(item.pages + 1);
+        rings.rope.advance(item.pages);
+        q.advance();
+      }
+      at.advance();
+      ptx::mbarrier_wait(&shared_.barriers.item_empty[at.slot()], at.phase() ^ 1);
+      WorkItem& next = shared_.items[at.slot()];
+      next_item(params_, shared_.rules, position_, walk, next);
+      next.left = rings.left.position();
+      next.right = rings.right.position();
+      next.rope = rings.rope.position();
+      next.query_phase = q.phase();
+      ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);
+      if (!next.end && next.pages > 0) load_query(next, q);
+    }
+  }
+
+  // Of every item in order, the pages' parts of this warp's kind, and Q's right half; of the first,
+  // what begin() has left. Where memory is all that counts, all parts of a page are asked for when
+  // its left half is, the last one that there is room for: together they are read fastest.
+  __device__ void load_pages() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Part part = part_of(warp);
+    bool first = true;  // page, which begin() has loaded
+    Ring left = Rings().left;
     for (Ring at(0, kItems);; at.advance()) {
       ptx::mbarrier_wait(&shared_.barriers.item_full[at.slot()], at.phase());
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       const int pages = item.pages;
-      const int32_t* table = params_.decode.block_table +
-                             item.request * params_.decode.stride_block_table_b +
-                             item.first_token / kPageTokens;
+      const int32_t* table = table_of(item);
       int pages_ahead = lane < pages ? __ldg(table + lane) : 0;
-      if (pages > 0) {
-        if (lane == 0) {
-          uint64_t* full = begin_load(rings.right, kHalfBytes);
-          load_query_tiles(item, kHalfTiles, kHalfTiles, shared_.half[rings.right.buffer()], full);
-        }
-        rings.right.advance();
+      if (pages > 0 && warp == kRightWarp) {
+        if (lane == 0 && !first) load_right_query(item, part.ring);
+        part.ring.advance();
       }
       for (int i = 0; i < pages; ++i) {
         if (i % 32 == 0 && i > 0) pages_ahead = i + lane < pages ? __ldg(table + i + lane) : 0;
         const int page = __shfl_sync(~0u, pages_ahead, i % 32);
-        if (lane == 0) {
-          load_half(rings.right, kHalfTiles, item.head, page, 1);
-          load_half(rings.left, 0, item.head, page, 0);
-          load_part(rings.rope, maps_.rope, shared_.rope[rings.rope.slot()], kTileBytes, kRopeTile,
-                    item.head, page, turn);
+        if (lane == 0 && !first) {
+          if constexpr (!T::kMulticast) wait_until_empty(left);
+          load<T::kMulticast>(part, item.head, page);
         }
-        rings.advance();
-        turn ^= 1;
+        left.advance();
+        first = false;
+        part.ring.advance();
+        part.sender ^= warp == kRopeWarp;
         __syncwarp();
       }
+      first = false;
       __syncwarp();
       if (lane == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_empty[at.slot()]);
     }
@@ -104,35 +127,65 @@ class Producer {
   SharedStorage& shared_;
   Position<T::kCluster> position_;
 
-  // Waits until nobody reads the buffer any more, and announces `bytes`.
+  // Until nobody reads the buffer any more.
+  __device__ __forceinline__ void wait_until_empty(const Ring& at) {
+    ptx::mbarrier_wait(&shared_.barriers.empty[at.buffer()], at.phase() ^ 1);
+  }
+  // Waits for that, and announces `bytes`.
   __device__ uint64_t* begin_load(const Ring& at, int bytes) {
     namespace p = ::cuda::ptx;
     uint64_t* full = &shared_.barriers.full[at.buffer()];
-    ptx::mbarrier_wait(&shared_.barriers.empty[at.buffer()], at.phase() ^ 1);
+    wait_until_empty(at);
     p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, full, bytes);
     return full;
   }
 
-  __device__ void load_query_tiles(const WorkItem& item, int tile, int count, uint8_t* target,
-                                   uint64_t* full) {
-    for (int i = 0; i < count; ++i) {
-      const int32_t at[5] = {0,
-                             item.head * params_.heads_per_kv + item.first_row % params_.map_width,
-                             item.first_row / params_.map_width, tile + i, item.request};
-      ptx::load_box<false>(&maps_.query, target + i * kTileBytes, full, at, 0);
-    }
+  __device__ void load_query_tiles(const WorkItem& item, const CUtensorMap& map, int tile,
+                                   uint8_t* target, uint64_t* full) {
+    const int token = params_.map_width.quotient(item.first_row);
+    const int head = item.head * params_.heads_per_kv + item.first_row - token * params_.map_width;
+    const int32_t at[5] = {0, head, token, tile, item.request};
+    ptx::load_box<false>(&map, target, full, at, 0);
   }
 
-  __device__ void load_half(const Ring& at, int tile, int head, int page, int sender) {
-    load_part(at, maps_.half, shared_.half[at.buffer()], kHalfBytes, tile, head, page, sender);
+  __device__ __forceinline__ void load_query(const WorkItem& item, const Ring& at) {
+    uint64_t* full = begin_load(at, kHalfBytes + kTileBytes);
+    load_query_tiles(item, maps_.query_half, 0, shared_.q_left, full);
+    load_query_tiles(item, maps_.query_rope, kRopeTile, shared_.q_rope, full);
   }
-  // `sender`: the CTA of the pair that issues the copy.
-  __device__ void load_part(const Ring& at, const CUtensorMap& map, uint8_t* target, int bytes,
-                            int tile, int head, int page, int sender) {
-    uint64_t* full = begin_load(at, bytes);
-    if (!T::kMulticast || position_.rank == sender) {
-      const int32_t box[5] = {0, 0, tile, head, page};
-      ptx::load_box<T::kMulticast>(&map, target, full, box, T::kClusterMask);
+  __device__ __forceinline__ void load_right_query(const WorkItem& item, const Ring& at) {
+    uint64_t* full = begin_load(at, kHalfBytes);
+    load_query_tiles(item, maps_.query_half, kHalfTiles, shared_.half[at.buffer()], full);
+  }
+
+  __device__ __forceinline__ const int32_t* table_of(const WorkItem& item) const {
+    return params_.decode.block_table + item.request * params_.decode.stride_block_table_b +
+           item.first_token / kPageTokens;
+  }
+
+  // One kind of a page's parts. A pair of CTAs shares the load of a page: CTA `sender` sends the
+  // part to both. CTA 0 sends the left half, CTA 1 the right half, and they take turns with RoPE.
+  struct Part {
+    Ring ring;
+    const CUtensorMap* map;
+    uint8_t* buffers;
+    int bytes, tile, sender;
+  };
+  __device__ __forceinline__ Part part_of(int warp) const {
+    const Rings rings;
+    if (warp == kRightWarp) {
+      return {rings.right, &maps_.half, shared_.half[kLeftBuffers], kHalfBytes, kHalfTiles, 1};
+    }
+    if (warp == kLeftWarp) return {rings.left, &maps_.half, shared_.half[0], kHalfBytes, 0, 0};
+    return {rings.rope, &maps_.rope, shared_.rope[0], kTileBytes, kRopeTile, 0};
+  }
+  template <bool kMulticast>
+  __device__ __forceinline__ void load(const Part& part, int head, int page) {
+    uint64_t* full = begin_load(part.ring, part.bytes);
+    if (!kMulticast || position_.rank() == part.sender) {
+      const int32_t box[5] = {0, 0, part.tile, head, page};
+      ptx::load_box<kMulticast>(part.map, part.buffers + part.ring.slot() * part.bytes, full, box,
+                                T::kClusterMask);
     }
   }
 };

@@ -8,12 +8,11 @@
 // The tensor cores serve the warpgroups in turns, so what is issued when decides what waits. The
 // order is laid down with barriers, page by page:
 //
-//   scores of page j | right output of page j - 1, under which the softmax of page j runs | left
-//   output of page j | scores of page j + 1 ...
+//   scores of page j, and with them the left output of page j - 1 | right output of page j - 1,
+//   under which the softmax of page j runs | scores of page j + 1 ...
 //
-// Warpgroup 1 gets P of page j - 1 only when the scores of page j have been issued, and those of
-// page j + 1 wait until warpgroup 0 has issued its output of page j. So the left half of a page,
-// of which there are two buffers, is free soonest.
+// Warpgroup 1 gets P of page j - 1 only when the scores of page j have been issued. The left half
+// of a page, of which there are two buffers, is free soonest and needed last.
 #pragma once
 
 #include "cuda/ptx/matrix.cuh"
@@ -127,23 +126,21 @@ class Scorer {
     const ptx::SmemDescriptor left = operand(shared_.half[at_.left.buffer()]);
     const ptx::SmemDescriptor rope = operand(shared_.rope[at_.rope.slot()]);
     const ptx::SmemDescriptor q_left = operand(shared_.q_left), q_rope = operand(shared_.q_rope);
-    // One phase a page; passes at once the first time.
-    ptx::mbarrier_wait(&shared_.barriers.left_issued, (at_.rope.position() & 1) ^ 1);
     ptx::forget(s_);
     wait_for(at_.right);
 #pragma unroll
     for (int i = 0; i < 4 * kHalfTiles; ++i) {
       Mma::n64_rs(s_, q_[i / 4][i % 4], right.at(i / 4 * kTileBytes + i % 4 * 32), i != 0);
     }
+    wait_for(at_.rope);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Mma::n64_ss(s_, q_rope.at(i * 32), rope.at(i * 32), true);
     wait_for(at_.left);
 #pragma unroll
     for (int i = 0; i < 4 * kHalfTiles; ++i) {
       const int offset = i / 4 * kTileBytes + i % 4 * 32;
       Mma::n64_ss(s_, q_left.at(offset), left.at(offset), true);
     }
-    wait_for(at_.rope);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) Mma::n64_ss(s_, q_rope.at(i * 32), rope.at(i * 32), true);
     ptx::wgmma_commit();
   }
   // The wait is a loop: without the fence ptxas serialises the products (C7520).

@@ -4,11 +4,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/schedule.h"
 #include "flash_mla/decode.h"
 
 namespace flash_mla::cuda::decode_dense {
 
-inline constexpr int kTileRows = 64;    // query rows of a CTA
+inline constexpr int kTileRows =
+    kTileRowsAtMost;                    // query rows of a CTA, at most: what the products take
 inline constexpr int kPageTokens = 64;  // tokens of a page, which is also the block of the products
 inline constexpr int kMaxCtas = 132;    // SMs of the largest Hopper card
 

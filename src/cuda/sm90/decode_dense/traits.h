@@ -31,13 +31,16 @@ inline constexpr int kRopeTile = 2 * kHalfTiles;
 // Work items at once: of four with one page each, one may be in the right output, one in the left,
 // one in the scores, and one on its way.
 inline constexpr int kItems = 4;
+// Tiles of which a CTA did one of more than a few pieces: to be merged when all pieces are there. A
+// part has at most two split items: the one it begins with, and the one it ends with.
+inline constexpr int kSplitTiles = 2;
 
 // Four warpgroups. The file header of kernel.cuh says who does what.
 inline constexpr int kWarpgroup = 128;
 inline constexpr int kOutputThreads = 2 * kWarpgroup;  // warpgroups 0, 1
 inline constexpr int kScoreWarpgroup = 2, kProducerWarpgroup = 3;
-inline constexpr int kPageWarp = 12;   // issues the page loads, of warpgroup 3
-inline constexpr int kQueryWarp = 13;  // walks the work items; two more warps idle
+// Warps of warpgroup 3: the first one walks the work items, the others load a kind of buffer each.
+inline constexpr int kQueryWarp = 12, kRightWarp = 13, kLeftWarp = 14, kRopeWarp = 15;
 inline constexpr int kThreads = 4 * kWarpgroup;
 // Of the 4 x 128 registers that the CTA is launched with the score warpgroup keeps its 128, and the
 // output warpgroups get what the producers give: 2 x 176 + 128 + 32 = 512.
@@ -49,12 +52,15 @@ inline constexpr int kProducerRegisters = 32;
 inline constexpr float kRescaleThreshold = 8.f;
 inline constexpr float kNoMaximum = -FLT_MAX;
 
-enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */, kProducersMeet = 4 };
+enum NamedBarrier {
+  kOutputMeets = 1,
+  kWarpgroupMeets = 2 /* and 3 */,
+  kProducersMeet = 4,
+  kBarriersMade
+};
 
-// Who finds where the CTA's part starts: one warp, which meets nobody, unless requests are many.
-using OneWarp = Team<32, 0>;
+// Who finds where the CTA's part starts, unless requests are few.
 using Producers = Team<kWarpgroup, kProducersMeet>;
-inline constexpr int kOneWarpRequests = 32;
 
 // Shared memory holds two left halves of pages (columns 0-255), three right halves (256-511) and
 // three RoPE parts (512-575), each kind a ring of buffers, and the left half and RoPE part of Q.
@@ -101,37 +107,33 @@ struct Rings {
 // query warp.
 struct WorkItem {
   int32_t request, head;
-  int32_t first_row, rows;      // of the s_q * h_q / h_kv rows of the kv head; rows may be 0
+  int32_t first_row;            // of the s_q * h_q / h_kv rows of the kv head
   int32_t pages;                // to multiply
   int32_t open_pages;           // the first so many of them hold only tokens that every row sees
   int32_t first_token, seqlen;  // token of the first page's first row; tokens of the request
-  int32_t piece_index, piece_count;
-  int32_t left, right, rope;  // the rings' positions at its begin; Q's right half goes first
-  uint32_t query_phase;       // with which the rest of Q is waited for
-  int32_t end;                // no more work, the other members mean nothing
+  int16_t rows;                 // from first_row on; may be 0
+  uint8_t end;                  // no more work, the other members mean nothing
+  int16_t piece_index, piece_count;
+  uint8_t left, right, rope;  // the rings' positions at its begin; Q's right half goes first
+  uint8_t query_phase;        // with which the rest of Q is waited for
+};
+
+// What a CTA has found out about the schedule.
+struct Rules {
+  Divider payload;
+  int32_t whole_parts, chunks, tile_rows;
 };
 
 // How far a CTA is in its part (work.cuh).
 struct Walk {
-  int32_t payload;   // of the schedule
-  bool whole_parts;  // likewise
   int32_t request, seqlen;
   int32_t head, chunk;  // of the request's items
   int32_t relative;     // cost at which the item starts, from the part's begin
 };
 
-// A tile of which this CTA did one of more than a few pieces: to be merged when all pieces are
-// there.
-struct SplitTile {
-  WorkItem item;
-  int32_t leavers;  // CTAs that gave up waiting before this one, the last, arrived; 0 if this one
-                    // was not the last
-};
-
 struct Barriers {
   uint64_t full[kBuffers], empty[kBuffers];
   uint64_t p_ready[2][kRopeBuffers];  // for each of the output warpgroups
-  uint64_t left_issued;               // the left output of a page is with the tensor cores
   uint64_t item_full[kItems], item_empty[kItems];
 };
 inline constexpr int kBarriers = sizeof(Barriers) / sizeof(uint64_t);
@@ -144,15 +146,12 @@ struct SharedStorage {
   alignas(1024) uint8_t rope[kRopeBuffers][kTileBytes];  // the RoPE part of a page, then P
   float factor[kRopeBuffers][kTileRows];    // what the output is multiplied with before the page
   RowState state[kRopeBuffers][kTileRows];  // of an item, with its last page
-  WorkItem items[kItems];
-  SplitTile split_tiles[2];  // a part has at most two split items: the one it ends with, and the
-                             // one it begins with
+  WorkItem items[kItems + kSplitTiles];     // those of split tiles last
   Barriers barriers;
+  uint64_t merge_landed;  // barrier of what the merge copies
   int32_t num_split_tiles, merge_ready;
-  union {
-    FindStartScratch<OneWarp> warp;
-    FindStartScratch<Producers> producers;
-  } find_start;
+  Rules rules;  // the query warp's
+  FindStartScratch<Producers> find_start;
 };
 static_assert(sizeof(SharedStorage) <= 232448, "a CTA has 227 KB of shared memory on sm_90");
 
@@ -177,19 +176,18 @@ struct KernelParams {
       scale_log2;  // |softmax_scale| * log2(e), at least the smallest normal: masked scores stay -inf
   bool negate_scores;    // softmax_scale < 0
   int32_t heads_per_kv;  // h_q / h_kv
-  int32_t
+  Divider
       row_width;  // numbers that the rows of a query token have; the first heads_per_kv are rows
   int32_t rows;   // s_q * row_width
-  int32_t map_width;    // of the rows along the query map's axis of heads
+  Divider map_width;    // of the rows along the query map's axis of heads
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
   std::byte* partials;  // [2 slots][CTAs] of kPartialBytes
 };
 
 struct TensorMaps {
-  CUtensorMap query;  // boxes of 64 rows x 1 tile
-  CUtensorMap half;   // of a page, boxes of 64 rows x 4 tiles
-  CUtensorMap rope;   // of a page, boxes of 64 rows x 1 tile
+  CUtensorMap query_half, query_rope;  // of Q, boxes of 64 rows x 4 tiles, 64 rows x 1 tile
+  CUtensorMap half, rope;              // of a page, the same
 };
 
 template <typename Element_, int kCluster_>
