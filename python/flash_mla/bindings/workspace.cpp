@@ -1,4 +1,4 @@
-// Workspaces of decodes on a GPU: cached for eager calls, made anew under CUDA-graph capture.
+// Workspaces of decodes on a GPU: kept for eager calls, made anew under CUDA-graph capture.
 #include "workspace.h"
 
 #include <dlfcn.h>
@@ -29,22 +29,16 @@ CurrentStreamFunction find_current_stream_function() {
 
 #if defined(FLASH_MLA_WITH_CUDA)
 
-struct EagerBuffers {
-  std::optional<Tensor> counters, partials;
-  std::size_t counters_size = 0, partials_size = 0;
+// Of one (device, stream).
+struct EagerWorkspace {
+  Workspace areas;
+  std::optional<Tensor> owner;  // of the areas, where they are PyTorch's
 };
 
 // Counters of one (capture, stream).
 struct CaptureCounters {
   void* data = nullptr;
   std::size_t size = 0;
-};
-
-// Zeroed memory that is cut into counters and never freed: a captured graph may be replayed at any
-// later time.
-struct CounterSlab {
-  std::byte* next = nullptr;
-  std::size_t left = 0;
 };
 
 struct Sizes {
@@ -56,9 +50,8 @@ struct Cache {
   // NOTE: asked for once, because the library gives the same sizes for all shapes on a device
   // (decode_config.cpp). If that ends, decode() says that the workspace is too small.
   std::map<std::int32_t, Sizes> sizes;
-  std::map<std::tuple<std::int32_t, StreamHandle>, EagerBuffers> eager;
+  std::map<std::tuple<std::int32_t, StreamHandle>, EagerWorkspace> eager;
   std::map<std::tuple<std::int32_t, std::uint64_t, StreamHandle>, CaptureCounters> captured;
-  std::map<std::int32_t, CounterSlab> slabs;
 };
 
 // NOTE: never destroyed: at the end of the process PyTorch may have gone before us.
@@ -67,27 +60,26 @@ Cache& cache() {
   return *kCache;
 }
 
-constexpr std::size_t kSlabSize = std::size_t{1} << 20;
-constexpr std::size_t kAlignment = 256;
-
-std::size_t round_up(std::size_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; }
-
 Tensor new_bytes(std::size_t size, Device device) {
   return new_tensor({static_cast<std::int64_t>(size)}, DType::kUInt8, device);
 }
 
-void* take_counters(CounterSlab& slab, std::size_t size, Device device) {
-  size = round_up(size);
-  if (slab.left < size) {
-    const std::size_t slab_size = std::max(size, kSlabSize);
-    void* data = nullptr;
-    check(cuda::allocate_counters(device.index, slab_size, &data));
-    slab = {static_cast<std::byte*>(data), slab_size};
+// From the driver, since PyTorch's allocator may be giving out the memory of a CUDA graph: while it
+// warms a graph up, as torch.compile(mode="reduce-overhead") does, what is kept is an error. From
+// PyTorch, which may have cached memory to give back, when the driver has none left.
+EagerWorkspace new_eager_workspace(const Sizes& sizes, Device device, StreamHandle stream) {
+  constexpr std::size_t kAlignment = 256;
+  const std::size_t offset = (sizes.counters + kAlignment - 1) / kAlignment * kAlignment;
+  EagerWorkspace result;
+  void* data = nullptr;
+  const bool zeroed = cuda::allocate_counters(device.index, offset + sizes.partials, &data).ok();
+  if (!zeroed) {
+    result.owner = new_bytes(offset + sizes.partials, device);
+    data = result.owner->mutable_data_ptr();
   }
-  void* const taken = slab.next;
-  slab.next += size;
-  slab.left -= size;
-  return taken;
+  result.areas = {data, sizes.counters, static_cast<std::byte*>(data) + offset, sizes.partials};
+  if (!zeroed) check(init_workspace(result.areas, device, stream));
+  return result;
 }
 
 #endif
@@ -119,35 +111,19 @@ DecodeWorkspace::DecodeWorkspace(const DecodeArgs& args, StreamHandle stream) {
   Sizes& sizes = shared.sizes[device.index];
   // Of arguments for which there is no size, decode() says what is wrong with them.
   if (sizes.partials == 0 && !workspace_size(args, &sizes.counters, &sizes.partials).ok()) return;
-  const auto [counters_size, partials_size] = sizes;
   if (capturing) {
     CaptureCounters& counters = shared.captured[{device.index, capture_id, stream}];
-    if (counters.size < counters_size) {
-      counters = {take_counters(shared.slabs[device.index], counters_size, device), counters_size};
+    if (counters.size < sizes.counters) {
+      check(cuda::allocate_counters(device.index, sizes.counters, &counters.data));
+      counters.size = sizes.counters;
     }
-    partials_ = new_bytes(partials_size, device);
-    workspace_ = {counters.data, counters.size, partials_->mutable_data_ptr(), partials_size};
+    partials_ = new_bytes(sizes.partials, device);
+    workspace_ = {counters.data, counters.size, partials_->mutable_data_ptr(), sizes.partials};
     return;
   }
-  EagerBuffers& buffers = shared.eager[{device.index, stream}];
-  if (!buffers.partials || buffers.partials_size < partials_size) {
-    buffers.partials.reset();  // first, so that the allocator may use it for the larger one
-    buffers.partials = new_bytes(partials_size, device);
-    buffers.partials_size = partials_size;
-  }
-  const bool new_counters = !buffers.counters || buffers.counters_size < counters_size;
-  if (new_counters) {
-    buffers.counters_size = 0;  // stands if the initialisation below fails
-    buffers.counters = new_bytes(counters_size, device);
-  }
-  counters_ = buffers.counters;
-  partials_ = buffers.partials;
-  workspace_ = {counters_->mutable_data_ptr(), std::max(counters_size, buffers.counters_size),
-                partials_->mutable_data_ptr(), buffers.partials_size};
-  if (new_counters) {
-    check(init_workspace(workspace_, device, stream));
-    buffers.counters_size = counters_size;
-  }
+  EagerWorkspace& eager = shared.eager[{device.index, stream}];
+  if (eager.areas.partials == nullptr) eager = new_eager_workspace(sizes, device, stream);
+  workspace_ = eager.areas;
 }
 
 #else

@@ -13,10 +13,10 @@ namespace flash_mla::python {
 StreamHandle current_stream(Device device);
 
 // A workspace for one decode in `stream`. Eager calls share one workspace for each (device,
-// stream): it is grown when too small and never given back. Under CUDA-graph capture nothing is
-// shared with eager calls: partial results come from PyTorch's allocator, so from the graph's pool;
-// counters come from memory that no graph owns, one piece for each (capture, stream), because
-// graphs that replay at the same time on two streams must not count in the same place.
+// stream), which is never given back. Under CUDA-graph capture nothing is shared with eager calls:
+// partial results come from PyTorch's allocator, so from the graph's pool; counters come from
+// memory that no graph owns, one piece for each (capture, stream), because graphs that replay at
+// the same time on two streams must not count in the same place.
 class DecodeWorkspace {
  public:
   DecodeWorkspace(const DecodeArgs& args, StreamHandle stream);
@@ -25,8 +25,7 @@ class DecodeWorkspace {
 
  private:
   Workspace workspace_;
-  // Held until after the launch: another thread may grow the shared buffers meanwhile.
-  std::optional<Tensor> counters_, partials_;
+  std::optional<Tensor> partials_;  // of a capture, held until after the launch
 };
 
 }  // namespace flash_mla::python
