@@ -14,8 +14,8 @@ namespace {
 constexpr std::int32_t kItemOverhead = 2;
 
 // Blocks of a piece at least. One page more costs less than twice as many partial results, unless
-// they are small: b 1, h_q 128, s_kv 4096 takes 24.4 us with 2, 26.5 with 1; h_q 16 takes 20.0 and
-// 19.5 (same place).
+// they are small: b 1, h_q 128, s_kv 4096 took 24.4 us with 2, 26.5 with 1; h_q 16, s_kv 1024 takes
+// 15.6 and 14.6 (same place).
 std::int32_t least_blocks(std::int32_t rows) { return rows > 16 ? 2 : 1; }
 
 // The team of row groups that reads every page together: the one that leaves the fewest clusters
