@@ -10,6 +10,7 @@ import sys
 from html import escape
 
 import ledger
+import roofline
 import transformers_table
 
 ROOT = ledger.ROOT
@@ -217,6 +218,10 @@ def documents():
         short.append(f"{measured_on(result)}; geometric means of speed, ours over theirs:\n")
         short.append(summary(result, cases) + "\n")
         short.append(f"![Time of each peer over ours](docs/{name})\n")
+        if any(row["us"] and row["peers"] for row in result["rows"]):
+            name = f"roofline-{slug(result['gpu'])}.svg"
+            files[ROOT / "docs" / name] = roofline.plot(result)
+            short.append(f"![Roofline](docs/{name})\n")
         full.append(f"### {result['gpu']}\n\n{measured_on(result)}, GPU code {result['digest']}.\n")
         full.append(summary(result, cases) + "\n")
         full.append(details(result, cases) + "\n")
