@@ -1,15 +1,20 @@
 // Times the decode kernel, and prints the clock traces of a kernel that probe.py built with probes.
 //
 //   decode_time time [CASE...]                          median of 35 graph replays, L2 cold
+//   decode_time energy [CASE...]                        replays back to back for a second, the
+//   power
+//                                                       limit reached: time, watts and joules
 //   decode_time trace CASE [CTA [EVENTS [FIRST]]]       one CTA's events in order of time
 //   decode_time stats CASE                              first and last of each event, over the CTAs
 //
 // CASE is b,s_q,h_q,s_kv; a v after it stands for random lengths of that mean. README.md has more.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
@@ -38,6 +43,7 @@ constexpr const char* kCases[] = {
     "8,1,128,8192",    "8,2,16,4096",     "1,1,128,1024",   "1,1,128,4096",   "1,1,128,16384",
     "1,1,128,65536",   "1,1,16,1024",     "1,1,16,4096",    "1,1,16,65536"};
 constexpr int kReplays = 40, kWarmUp = 5;
+constexpr double kWarmUpSeconds = 1, kSeconds = 1;
 constexpr int64_t kLine = 576, kValue = 512, kPage = 64;
 constexpr size_t kFlushBytes = size_t{256} << 20;
 
@@ -158,9 +164,16 @@ double clock_rate(const void* trace) {
   return static_cast<double>(x[3] - x[2]) / static_cast<double>(x[1] - x[0]) * 1e3;
 }
 
-void time_case(const char* name, cudaStream_t stream) {
-  const Case c(name);
-  Decode call(c);
+void print_rates(const Case& c, double tokens, double us) {
+  const double rows = static_cast<double>(c.s_q) * c.h_q, columns = kLine + kValue;
+  const double flops = 2 * rows * tokens * columns;
+  const double bytes = 2 * (tokens * kLine + c.b * rows * columns);
+  std::printf("b %3d s_q %d h_q %3d s_kv %6d%s %8.1f us %5.0f TFLOPS %5.0f GB/s %5.0f MHz", c.b,
+              c.s_q, c.h_q, c.s_kv, c.random ? "v" : " ", us, flops / us / 1e6, bytes / us / 1e3,
+              clock_rate(c.trace()));
+}
+
+cudaGraphExec_t capture(Decode& call, cudaStream_t stream) {
   call(stream);  // sets attributes, which a capture forbids
   check(cudaStreamSynchronize(stream));
   cudaGraph_t graph;
@@ -169,6 +182,14 @@ void time_case(const char* name, cudaStream_t stream) {
   call(stream);
   check(cudaStreamEndCapture(stream, &graph));
   check(cudaGraphInstantiate(&replay, graph, 0));
+  check(cudaGraphDestroy(graph));
+  return replay;
+}
+
+void time_case(const char* name, cudaStream_t stream) {
+  const Case c(name);
+  Decode call(c);
+  const cudaGraphExec_t replay = capture(call, stream);
   cudaEvent_t begin[kReplays], end[kReplays];
   for (int i = 0; i < kReplays; ++i) {
     check(cudaEventCreate(&begin[i]));
@@ -188,15 +209,59 @@ void time_case(const char* name, cudaStream_t stream) {
     cudaEventDestroy(end[i]);
   }
   cudaGraphExecDestroy(replay);
-  cudaGraphDestroy(graph);
   std::sort(ms.begin(), ms.end());
-  const double us = ms[ms.size() / 2] * 1e3, columns = kLine + kValue;
-  const double rows = static_cast<double>(c.s_q) * c.h_q;
-  const double flops = 2 * rows * call.tokens * columns;
-  const double bytes = 2 * (call.tokens * kLine + c.b * rows * columns);
-  std::printf("b %3d s_q %d h_q %3d s_kv %6d%s %8.1f us %5.0f TFLOPS %5.0f GB/s %5.0f MHz\n", c.b,
-              c.s_q, c.h_q, c.s_kv, c.random ? "v" : " ", us, flops / us / 1e6, bytes / us / 1e3,
-              clock_rate(c.trace()));
+  print_rates(c, call.tokens, ms[ms.size() / 2] * 1e3);
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
+// Millijoules that the card has taken since the driver was loaded, by NVML, which is looked up: the
+// toolkit need not have it.
+unsigned long long millijoules() {
+  using Init = int (*)();
+  using GetHandle = int (*)(unsigned, void**);
+  using GetEnergy = int (*)(void*, unsigned long long*);
+  static void* const library = dlopen("libnvidia-ml.so.1", RTLD_NOW);
+  if (library == nullptr) fail("no libnvidia-ml.so.1");
+  static const auto get =
+      reinterpret_cast<GetEnergy>(dlsym(library, "nvmlDeviceGetTotalEnergyConsumption"));
+  static void* const device = [] {
+    const auto init = reinterpret_cast<Init>(dlsym(library, "nvmlInit_v2"));
+    const auto find = reinterpret_cast<GetHandle>(dlsym(library, "nvmlDeviceGetHandleByIndex_v2"));
+    void* handle = nullptr;
+    if (init == nullptr || find == nullptr || init() != 0 || find(0, &handle) != 0) fail("NVML");
+    return handle;
+  }();
+  unsigned long long energy = 0;
+  if (get == nullptr || get(device, &energy) != 0) fail("NVML has no energy counter");
+  return energy;
+}
+
+void measure_energy(const char* name, cudaStream_t stream) {
+  using Clock = std::chrono::steady_clock;
+  const Case c(name);
+  Decode call(c);
+  const cudaGraphExec_t replay = capture(call, stream);
+  const auto run = [&](double seconds) {  // number of replays
+    constexpr int kBatch = 64;
+    int count = 0;
+    for (const auto start = Clock::now();
+         Clock::now() - start < std::chrono::duration<double>(seconds);) {
+      for (int i = 0; i < kBatch; ++i) check(cudaGraphLaunch(replay, stream));
+      check(cudaStreamSynchronize(stream));
+      count += kBatch;
+    }
+    return count;
+  };
+  run(kWarmUpSeconds);
+  const unsigned long long before = millijoules();
+  const auto start = Clock::now();
+  const int count = run(kSeconds);
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  const double joules = static_cast<double>(millijoules() - before) / 1e3;
+  cudaGraphExecDestroy(replay);
+  print_rates(c, call.tokens, seconds / count * 1e6);
+  std::printf(" %4.0f W %8.4f J\n", joules / seconds, joules / count);
   std::fflush(stdout);
 }
 
@@ -306,17 +371,19 @@ void print_stats(const Case& c) {
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   const auto number = [&](int i, int other) { return argc > i ? std::atoi(argv[i]) : other; };
-  if (mode == "time") {
+  if (mode == "time" || mode == "energy") {
     cudaStream_t stream;
     check(cudaStreamCreate(&stream));
     std::vector<const char*> cases(argv + 2, argv + argc);
     if (cases.empty()) cases.assign(std::begin(kCases), std::end(kCases));
-    for (const char* name : cases) time_case(name, stream);
+    for (const char* name : cases) {
+      mode == "time" ? time_case(name, stream) : measure_energy(name, stream);
+    }
   } else if (mode == "trace" && argc > 2) {
     print_trace(Case(argv[2]), number(3, 0), number(4, 60), number(5, 0));
   } else if (mode == "stats" && argc > 2) {
     print_stats(Case(argv[2]));
   } else {
-    fail("time [CASE...] | trace CASE [CTA [EVENTS [FIRST]]] | stats CASE");
+    fail("time [CASE...] | energy [CASE...] | trace CASE [CTA [EVENTS [FIRST]]] | stats CASE");
   }
 }
