@@ -10,7 +10,6 @@ The length of a row is the padded one, as the model counts it; its pages hold re
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,65 +17,13 @@ import torch
 
 from flash_mla.pages import Pages
 
+from .steps import Change, Step, StepTensors, Undo
+
 if TYPE_CHECKING:
     from .cache import LatentLayer
 
 PAGE_SIZE = 64  # what a GPU decodes
 _ROOM = 8  # a pool that grows takes one page more for each so many
-
-
-@dataclasses.dataclass
-class Step:
-    """One forward pass, as the layers need to know it."""
-
-    s_q: int
-    absorbed: bool  # layers hand out the new latents alone; else all of them, gathered
-    first: bool  # nothing was cached before
-    moves: list[tuple[int, int, int]]  # (from slot, to slot, tokens), to be made before appending
-
-
-@dataclasses.dataclass
-class StepTensors:
-    """The same on a device. It moves on with steps as long as each row gets one token more, in the same
-    page: nothing is computed or uploaded then."""
-
-    clock: int
-    table: torch.Tensor  # (b, max_pages) int32
-    coming: list[tuple[torch.Tensor, torch.Tensor]]  # lengths, slots of later steps, the last first
-    lengths: torch.Tensor  # (b,) int32, with the step's tokens
-    slots: torch.Tensor  # (b * s_q,) int64, -1 for padding
-    moves: tuple[torch.Tensor, torch.Tensor] | None  # slots (n,) int64 from and to
-    # (b * s_q,) int64: the new tokens of each row, padding first; None where it is first already. In this
-    # order the kernel's causal mask, which counts from the last key, is the right one for real tokens.
-    order: torch.Tensor | None
-    # Room for the layers' queries, see attention.py.
-    queries: dict[Any, Any] = dataclasses.field(default_factory=dict)
-
-    def advance(self) -> None:
-        self.clock += 1
-        self.lengths, self.slots = self.coming.pop()
-
-
-@dataclasses.dataclass
-class _Undo:
-    """What takes the rows back to before the step."""
-
-    length: int
-    tokens: list[int]
-    real: torch.Tensor | None
-    pages: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    taken: list[int] = dataclasses.field(default_factory=list)
-    dropped: list[int] = dataclasses.field(default_factory=list)  # released once the step is done
-
-
-@dataclasses.dataclass
-class _Change:
-    """What a step's attention mask says."""
-
-    counts: list[int] | None = None  # real tokens among the new ones, by row; None: all are
-    new: torch.Tensor | None = None  # (b, s_q) bool on the CPU: which ones; None: all
-    kept: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # row -> cached tokens
-    real: torch.Tensor | None = None  # (b, length + s_q): the mask to remember; None: all real
 
 
 KEEP = (
@@ -104,7 +51,7 @@ class LatentRows:
         self._length = 0
         self._pending = 0  # layers that have not been told yet
         self._operation: tuple[str, Any] = ("", None)
-        self._undo: _Undo | None = None
+        self._undo: Undo | None = None
         self._new: torch.Tensor | None = None
         self._advances = False
         self._table = torch.zeros((batch, 0), dtype=torch.int32, device="cpu")
@@ -148,7 +95,7 @@ class LatentRows:
         """
         self._settle()
         change = self._read(mask, s_q)
-        undo = _Undo(self._length, list(self.tokens), self.real)
+        undo = Undo(self._length, list(self.tokens), self.real)
         self._undo = undo
         try:
             moves = self._make_room(change, s_q)
@@ -179,17 +126,17 @@ class LatentRows:
         self._tell("step", None)
         return self.step
 
-    def _read(self, mask: Any, s_q: int) -> _Change:
+    def _read(self, mask: Any, s_q: int) -> Change:
         if mask is KEEP:
             real = self.real
-            return _Change(real=None if real is None else _continued(real, s_q))
+            return Change(real=None if real is None else _continued(real, s_q))
         if mask is None:
             if self.real is not None:
                 raise ValueError(
                     "flash_mla: the cache holds no padding, and there is some by the attention_mask of earlier calls: "
                     "pass an attention_mask"
                 )
-            return _Change()
+            return Change()
         width = self._length + s_q
         if mask.shape[0] != self.batch:
             raise ValueError(
@@ -199,12 +146,12 @@ class LatentRows:
         # One comparison, on the device, with what nearly every step has: no change, no new padding.
         if self.real is None:
             if bool(mask.all()):
-                return _Change()
+                return Change()
         elif torch.equal(mask, _continued(self.real.to(mask), s_q)):
-            return _Change(real=mask)
+            return Change(real=mask)
         return self._read_slowly(mask, s_q)
 
-    def _read_slowly(self, mask: torch.Tensor, s_q: int) -> _Change:
+    def _read_slowly(self, mask: torch.Tensor, s_q: int) -> Change:
         wanted = mask.ne(0).to("cpu")
         old, new = wanted[:, : self._length], wanted[:, self._length :]
         stored = torch.ones_like(old) if self.real is None else self.real.ne(0).to("cpu")
@@ -212,7 +159,7 @@ class LatentRows:
             raise ValueError(
                 "flash_mla: the attention_mask asks for tokens that it called padding before; those are not cached"
             )
-        change = _Change(
+        change = Change(
             counts=new.sum(1).tolist(),
             new=new,
             real=None if bool(wanted.all()) else mask,
@@ -221,7 +168,7 @@ class LatentRows:
             change.kept[row] = old[row][stored[row]].nonzero().flatten().tolist()
         return change
 
-    def _make_room(self, change: _Change, s_q: int) -> list[tuple[int, int, int]]:
+    def _make_room(self, change: Change, s_q: int) -> list[tuple[int, int, int]]:
         moves: list[tuple[int, int, int]] = []
         for row, kept in change.kept.items():
             moves += self._compact(row, kept)
