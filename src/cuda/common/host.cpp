@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -90,10 +89,16 @@ Status allocate_counters(std::int32_t device, std::size_t bytes, void** out) noe
   FLASH_MLA_RETURN_IF_ERROR(guard.status());
   bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
 
+  if (bytes >= kSlabBytes) {  // the slab stays for the small ones
+    Slab own;
+    FLASH_MLA_RETURN_IF_ERROR(allocate_slab(bytes, &own));
+    *out = own.next;
+    return {};
+  }
   const std::lock_guard lock(mutex);
   Slab& slab = slabs[static_cast<std::size_t>(device)];
   if (slab.left < bytes) {
-    FLASH_MLA_RETURN_IF_ERROR(allocate_slab(std::max(bytes, kSlabBytes), &slab));
+    FLASH_MLA_RETURN_IF_ERROR(allocate_slab(kSlabBytes, &slab));
   }
   *out = slab.next;
   slab.next += bytes;

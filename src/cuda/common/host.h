@@ -18,8 +18,9 @@ namespace flash_mla::cuda {
 // Thread-safe.
 //
 // NOTE: the memory is never freed. A graph that was captured with the address can be replayed at
-// any later time, and nothing tells us that it is gone; a counter block is a few KB and there is
-// one per stream or captured graph. C++ callers who want control bring their own Workspace instead.
+// any later time, and nothing tells us that it is gone. It is a few KB of counters for a captured
+// graph, and for a stream 35 MB with its partial results. C++ callers who want control bring their
+// own Workspace instead.
 // Errors: kCudaError, kInvalidArgument (no such device).
 Status allocate_counters(std::int32_t device, std::size_t bytes, void** out) noexcept;
 

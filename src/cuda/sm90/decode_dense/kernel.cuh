@@ -1,7 +1,7 @@
 // Dense MLA decode on Hopper: one persistent launch that plans, attends and merges.
 //
-// Every CTA works on 64 query rows. It reads the lengths, finds its part of the work
-// (core/schedule.h) and walks through it, item by item:
+// Every CTA works on a tile of at most 64 query rows. It reads the lengths, finds its part of the
+// work (core/schedule.h) and walks through it, item by item:
 //   warpgroups 0, 1  the output, half of the columns each (output.cuh), then the epilogue
 //                    (epilogue.cuh) and, for requests that were split, the merge (merge.cuh);
 //   warpgroup 2      scores and softmax (score.cuh), ahead of them;
@@ -64,7 +64,8 @@ __device__ __forceinline__ void put_out(const KernelParams& params, SharedStorag
   merger.finish();
 }
 
-// Before the roles, nothing but the barriers is published, and init_barriers() has its own fence: a
+// Before the roles, nothing but the barriers is published to other CTAs or roles (what thread 0
+// sets, only output warps read, after they have met), and init_barriers() has its own fence: a
 // releasing arrival would wait for every load on its way.
 template <typename T, typename Semantics>
 __device__ __forceinline__ void cluster_sync(Semantics semantics) {

@@ -1,10 +1,11 @@
-// Merging the pieces of a split tile, in the same launch. Every CTA stores its partial result and
-// adds itself to the tile's counter.
+// Merging the pieces of a split tile, in the same launch.
 //
-// Two pieces, the common case where requests are many: the last to arrive adds the other's to its
-// own, which it still has in registers; nobody waits.
+// Two pieces, the common case where requests are many: the first to arrive stores its partial
+// result and counts itself in; the other adds that to its own, which it still has in registers.
+// Nobody waits.
 //
-// More pieces: help or leave. When a CTA's own work is done it waits, for a bounded time, until all
+// More pieces: every CTA stores its partial result and adds itself to the tile's counter; then help
+// or leave. When a CTA's own work is done it waits, for a bounded time, until all
 // pieces have arrived, and merges its share of the tile, so that every CTA of the tile helps. If
 // the time runs out (another decode holds the SMs that the missing CTAs need) it leaves; whoever
 // sees that somebody left merges the whole tile.
@@ -147,6 +148,7 @@ struct Merger {
     meet();
     if (shared.merge_ready && item.rows > 0) merge(item, shared.merge_ready == kWhole);
     if ((before >> 32) + 1 == static_cast<Counter>(item.piece_count)) *counter(item) = 0;
+    ptx::fence_proxy_async();
     meet();  // the next tile reuses merge_ready and the scratch
   }
 
@@ -180,7 +182,7 @@ struct Merger {
     const int end = whole ? units : pieces.ceil_quotient(units * (item.piece_index + 1));
     const int share = pieces.ceil_quotient(units);
     const bool few = share <= kFewUnits;
-    const int most = few ? kFewUnits : pieces.quotient(kMergedUnits);
+    const int most = few ? share : pieces.quotient(kMergedUnits);  // units at once
 #pragma unroll 1
     for (int first = begin; first < end;) {
       // Units of the same 16 rows.

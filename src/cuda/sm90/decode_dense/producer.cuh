@@ -1,6 +1,7 @@
 // The producer warpgroup: one warp walks the work items, tells everybody and brings Q's left half
 // and RoPE part; the others bring the pages, a kind of buffer each, so that none waits for another
-// kind's, and one of them Q's right half. All by TMA.
+// kind's, and one of them Q's right half. All by TMA. Before the roles begin, the first warp has
+// brought all of the first item's Q, and the second one its first page.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"

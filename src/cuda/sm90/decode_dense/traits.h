@@ -31,7 +31,7 @@ inline constexpr int kRopeTile = 2 * kHalfTiles;
 // Work items at once: of four with one page each, one may be in the right output, one in the left,
 // one in the scores, and one on its way.
 inline constexpr int kItems = 4;
-// Tiles of which a CTA did one of more than a few pieces: to be merged when all pieces are there. A
+// Tiles of which a CTA did one of more than two pieces: to be merged when all pieces are there. A
 // part has at most two split items: the one it begins with, and the one it ends with.
 inline constexpr int kSplitTiles = 2;
 
@@ -103,8 +103,8 @@ struct Rings {
   }
 };
 
-// One run of pages of one (request, kv head) for the 64 query rows of this CTA; written by the
-// query warp.
+// One run of pages of one (request, kv head) for the query rows of this CTA; written by the query
+// warp.
 struct WorkItem {
   int32_t request, head;
   int32_t first_row;            // of the s_q * h_q / h_kv rows of the kv head
