@@ -4,7 +4,7 @@
 
 OUT/tree holds the copy, OUT/decode_time is the program (README.md). A second call with the same --out compiles only what has changed.
 A probe's place is named by a line of the kernel. Where no such line is found, or more than one, the kernel has changed, and PROBES
-must follow: add the line as another alternative.
+must follow.
 """
 
 import argparse
@@ -24,38 +24,37 @@ OFF = ("BUILD_TESTS", "BUILD_BENCH", "BUILD_EXAMPLES", "INSTALL", "PYTHON")
 sys.path.insert(0, str(ROOT / "tools"))
 import check_spills  # noqa: E402
 
-# Text to put before or after a line: (file, "before" or "after", text, lines). Later lines are how other versions of the kernel say
-# the same; a line may come with a condition of its own. Lines are compared without their indentation.
+# Text to put before or after a line: (file, "before" or "after", text, line). Lines are compared without their indentation.
 OUT, SCORES, ITEMS = "kLeft + threadIdx.x / 128", "kScores", "kItems"
 
 
-def note(file, where, track, event, *lines):
+def note(file, where, track, event, line, condition=""):
     text = (
         f"flash_mla::lab::probe<SharedStorage>(flash_mla::lab::{track}, flash_mla::lab::{event});"
     )
-    return file, where, text, lines
+    return file, where, f"if ({condition}) {text}" if condition else text, line
 
 
 CLOCKS = (
     ("traits.h", "before", '}\n#define FLASH_MLA_LAB_KERNEL\n#include "probes.cuh"\nnamespace flash_mla::cuda::decode_dense {',
-     ("struct TensorMaps {",)),
+     "struct TensorMaps {"),
     ("kernel.cuh", "after", "flash_mla::lab::note_clock(0);",
-     ("SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);",)),
+     "SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);"),
     ("kernel.cuh", "before", "flash_mla::lab::note_clock(1);",
-     ("cluster_sync<T>(::cuda::ptx::sem_release);  // the other CTA may still signal this one's barriers",)),
+     "cluster_sync<T>(::cuda::ptx::sem_release);  // the other CTA may still signal this one's barriers"),
 )  # fmt: skip
 QUERY_LANE, RIGHT_LANE = "threadIdx.x == kQueryWarp * 32", "threadIdx.x == kRightWarp * 32"
 PREPARE = "const Walk walk = prepare<T>(params, maps, shared);"
 LOADS = "load<T::kMulticast>(part, item.head, page);"
 FIRST_LOAD = "load<false>(part, item.head, page);"
 PROBES = (
-    ("traits.h", "after", "uint16_t lab_count[7];", ("int32_t num_split_tiles, merge_ready;",)),
-    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", (PREPARE,)),
-    note("kernel.cuh", "after", "kPages", "kFound", ("walk = plan(params, position.part, shared, rules);", RIGHT_LANE)),
-    note("kernel.cuh", "after", "kPages", "kBarriers", ("if (warp == kInitWarp || begins) ptx::named_barrier_sync(kBarriersMade, 3 * 32);", RIGHT_LANE)),
+    ("traits.h", "after", "uint16_t lab_count[7];", "int32_t num_split_tiles, merge_ready;"),
+    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", PREPARE),
+    note("kernel.cuh", "after", "kPages", "kFound", "walk = plan(params, position.part, shared, rules);", RIGHT_LANE),
+    note("kernel.cuh", "after", "kPages", "kBarriers", "if (warp == kInitWarp || begins) ptx::named_barrier_sync(kBarriersMade, 3 * 32);", RIGHT_LANE),
     note("producer.cuh", "before", "kPages", "kFirstItem", "const int page = __ldg(table_of(item));"),
-    note("kernel.cuh", "after", ITEMS, "kPlanned", (PREPARE, QUERY_LANE)),
-    note("kernel.cuh", "before", ITEMS, "kRoles", ("ptx::decrease_registers<kProducerRegisters>();", QUERY_LANE)),
+    note("kernel.cuh", "after", ITEMS, "kPlanned", PREPARE, QUERY_LANE),
+    note("kernel.cuh", "before", ITEMS, "kRoles", "ptx::decrease_registers<kProducerRegisters>();", QUERY_LANE),
     note("kernel.cuh", "before", SCORES, "kRoles", "Scorer<T>(params, shared).run();"),
     note("kernel.cuh", "before", OUT, "kItem", "output.run(item);"),
     note("kernel.cuh", "after", OUT, "kItemDone", "output.run(item);"),
@@ -73,7 +72,7 @@ PROBES = (
          "ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());"),
     note("output.cuh", "before", OUT, "kPvIssued", "ptx::wgmma_wait<0>();"),
     note("output.cuh", "before", OUT, "kPvDone", "if (--left == 0) break;"),
-    note("merge.cuh", "after", OUT, "kStored", "epilogue.store_partial(item);  // of many"),
+    note("merge.cuh", "before", OUT, "kStored", "arrive(item);"),
     note("merge.cuh", "after", OUT, "kLast", "if (!last) return;"),
     note("merge.cuh", "before", OUT, "kPieces",
          "if (shared.merge_ready && item.rows > 0) merge(item, shared.merge_ready == kWhole);"),
@@ -96,20 +95,15 @@ FINE = (
 
 def put(texts, edit):
     """Puts an edit's text into texts[file], a list of lines."""
-    name, where, text, alternatives = edit
+    name, where, text, anchor = edit
     lines = texts[f"{KERNEL}/{name}"]
     stripped = [line.strip() for line in lines]
-    for alternative in alternatives:
-        anchor, condition = (alternative, "") if isinstance(alternative, str) else alternative
-        if count := stripped.count(anchor):
-            if count > 1:
-                sys.exit(f"probe: {name} has {count} lines {anchor!r}: the probe needs one")
-            text = f"if ({condition}) {text}" if condition else text
-            at = stripped.index(anchor) + (where == "after")
-            lines[at:at] = text.split("\n")
-            return
-    known = "\n  ".join(a if isinstance(a, str) else a[0] for a in alternatives)
-    sys.exit(f"probe: {name} has none of these lines, so PROBES must follow it:\n  {known}")
+    if (count := stripped.count(anchor)) != 1:
+        sys.exit(
+            f"probe: {name} has {count} lines {anchor!r}, the probe needs one: PROBES must follow it"
+        )
+    at = stripped.index(anchor) + (where == "after")
+    lines[at:at] = text.split("\n")
 
 
 def copy(tree, target, edits, substitutions):
