@@ -63,13 +63,13 @@ PROBES = (
     note("kernel.cuh", "after", OUT, "kMerged", "merger.finish();"),
     note("score.cuh", "before", SCORES, "kWaitQ", "load_query(item.query_phase);"),
     note("score.cuh", "after", SCORES, "kQ", "load_query(item.query_phase);"),
-    note("score.cuh", "before", SCORES, "kIssue", "issue_scores();"),
+    note("score.cuh", "before", SCORES, "kIssue", "issue_scores(q, next);"),
     note("score.cuh", "after", SCORES, "kRightLanded + (at.buffer() < kLeftBuffers ? 2 : at.buffer() >= kHalfBuffers)",
          "ptx::mbarrier_wait(&shared_.barriers.full[at.buffer()], at.phase());"),
     note("score.cuh", "after", SCORES, "kS", "ptx::pin(s_);"),
-    note("score.cuh", "after", SCORES, "kPDone", "softmax(slot);"),
-    note("output.cuh", "after", OUT, "kP",
-         "ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());"),
+    note("score.cuh", "after", SCORES, "kPDone", "softmax(place, scale, first);"),
+    note("output.cuh", "after", OUT, "kP", "ptx::mbarrier_wait(&shared_.barriers.p_ready[rope.slot()], rope.phase());"),
+    note("output.cuh", "before", OUT, "kGo", "ptx::wgmma_fence();"),
     note("output.cuh", "before", OUT, "kPvIssued", "ptx::wgmma_wait<0>();"),
     note("output.cuh", "before", OUT, "kPvDone", "if (--left == 0) break;"),
     note("merge.cuh", "before", OUT, "kStored", "arrive(item);"),
@@ -88,8 +88,8 @@ PROBES = (
     note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);"),
 )  # fmt: skip
 FINE = (
-    note("score.cuh", "before", SCORES, "kSoftmax", "softmax(slot);"),
-    note("score.cuh", "before", SCORES, "kMaxima", "const int target_row = row / 16 * 16 + lane % 16;"),
+    note("score.cuh", "before", SCORES, "kSoftmax", "softmax(place, scale, first);"),
+    note("score.cuh", "before", SCORES, "kMaxima", "float factor[2] = {1.f, 1.f}, sum[2];"),
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ inline constexpr const char* kTrackNames[] = {
 // clang-format off
 enum Event {
   kStart, kFound, kBarriers, kFirstItem, kPlanned, kRoles,                                            // the CTA
-  kItem, kP, kPvIssued, kPvDone, kItemDone, kStored, kItemOut, kAllItems,  // output warpgroups
+  kItem, kP, kGo, kPvIssued, kPvDone, kItemDone, kStored, kItemOut, kAllItems,  // output warpgroups
   kLast, kPieces, kWeights, kTileDone, kMerged,                          // the same, merging
   kWaitQ, kQ, kIssue, kS, kSoftmax, kMaxima, kPDone,                     // score warpgroup
   kLoad, kLoaded, kItemTold,                                             // producers
@@ -23,7 +23,7 @@ enum Event {
 };
 inline constexpr const char* kEventNames[] = {
   "start", "start found", "barriers made", "first item", "planned", "roles",
-  "item", "P there", "PV issued", "PV done", "item done", "partial stored", "item out", "all items",
+  "item", "P there", "PV may start", "PV issued", "PV done", "item done", "partial stored", "item out", "all items",
   "was last", "all pieces there", "weights", "tile done", "merged",
   "wait for Q", "Q there", "issue S", "S there", "softmax", "maxima", "P done",
   "load", "loaded", "item told",

@@ -33,4 +33,28 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, void* shared, u
   }
 }
 
+// The same of what will not be read again soon: in L2 it makes room first.
+template <bool kMulticast>
+__device__ __forceinline__ void stream_box(const CUtensorMap* map, void* shared, uint64_t* barrier,
+                                           const int32_t (&at)[5], uint16_t mask) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  if constexpr (kMulticast) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8, %9;" ::"r"(
+            shared_address(shared)),
+        "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]),
+        "r"(shared_address(barrier)), "h"(mask), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]),
+        "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
+  }
+}
+
 }  // namespace flash_mla::cuda::ptx

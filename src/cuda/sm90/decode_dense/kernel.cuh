@@ -30,8 +30,8 @@ __device__ __forceinline__ int arrivals(int i, int cluster) {
   if (i < kQueryBuffer) return 2 * kWarps * cluster;
   if (i < kBuffers) return kWarps;
   i -= kBuffers;
-  if (i < 2 * kRopeBuffers) return kWarpgroup;  // p_ready
-  i -= 2 * kRopeBuffers;
+  if (i < kRopeBuffers + kTurns) return kWarpgroup;  // p_ready, may_start
+  i -= kRopeBuffers + kTurns;
   return i < kItems ? 1 : 3 * kWarps + 3;  // item_empty: warpgroups 0 to 2, who loads pages
 }
 

@@ -208,7 +208,7 @@ struct Merger {
     float2 weights[kMaxPieces][8];    // of rows r, r + 8
     float inverse[16];                // 1 / total
   };
-  static_assert(sizeof(Scratch) <= offsetof(SharedStorage, q_rope));
+  static_assert(sizeof(Scratch) <= offsetof(SharedStorage, q_end));
   static_assert(kMergedUnits >= kMaxPieces && kMaxPieces <= kOutputThreads);
   __device__ __forceinline__ Scratch& scratch() const {
     return *reinterpret_cast<Scratch*>(&shared);

@@ -29,26 +29,21 @@ class Output {
     const bool right = warpgroup() == 1;
     Ring half(right ? kLeftBuffers : 0, right ? kRightBuffers : kLeftBuffers,
               right ? item.right : item.left);
-    Ring rope(kHalfBuffers, kRopeBuffers, item.rope);
+    PageRing rope(item.rope);
     if (right) half.advance();  // past Q
     int left = item.pages;
 #pragma unroll 1
     for (bool first = true;; first = false) {
       if (left == 1) clear_rows_past_end(item, half);
-      multiply(half, rope, first);
+      multiply(half, rope, first, left == 1);
       ptx::wgmma_wait<0>();
       ptx::pin(o[0]);
       ptx::pin(o[1]);
+      release<T>(&shared_.barriers.empty[half.buffer()]);
       if (--left == 0) break;
-      release_page(half, rope);
       half.advance();
       rope.advance();
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      state[h] = shared_.state[rope.slot()][row_index() + 8 * h];
-    }
-    release_page(half, rope);
   }
 
  private:
@@ -62,27 +57,28 @@ class Output {
     return static_cast<int>(ptx::thread_index() / kWarpgroup);
   }
 
-  __device__ __forceinline__ void release_page(const Ring& half, const Ring& rope) {
-    release<T>(&shared_.barriers.empty[half.buffer()]);
-    ptx::fence_proxy_async();  // P was written and read by threads, the next page's part comes by
-                               // TMA
-    __syncwarp();
-    release<T>(&shared_.barriers.empty[rope.buffer()]);
-  }
-
   // Issues o = factor * o + P V of this warpgroup's half of the page.
-  __device__ __forceinline__ void multiply(const Ring& half, const Ring& rope, bool first) {
+  __device__ __forceinline__ void multiply(const Ring& half, const PageRing& rope, bool first,
+                                           bool last) {
     const ptx::SmemDescriptor value(ptx::shared_address(shared_.half[half.buffer()]), kTileBytes,
                                     1024);
-    const int lane = lane_index(), row = row_index() / 16 * 16 + lane % 16;
-    const uint32_t source = ptx::shared_address(shared_.rope[rope.slot()]) + row * 128;
-    ptx::mbarrier_wait(&shared_.barriers.p_ready[warpgroup()][rope.slot()], rope.phase());
+    const uint32_t* source = reinterpret_cast<const uint32_t*>(shared_.rope[rope.slot()]) +
+                             ptx::thread_index() % kWarpgroup;
+    ptx::mbarrier_wait(&shared_.barriers.p_ready[rope.slot()], rope.phase());
     uint32_t p[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      ptx::load_matrices(p[k], source + (((2 * k + lane / 16) ^ (row & 7)) << 4));
-    }
+    for (int i = 0; i < 16; ++i) p[i / 4][i % 4] = source[i * kWarpgroup];
     if (!first) rescale(shared_.factor[rope.slot()]);
+    if (last) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        state[h] = shared_.state[rope.slot()][row_index() + 8 * h];
+      }
+    }
+    if (warpgroup() == 1) {
+      release_p(rope);
+      ptx::mbarrier_wait(&shared_.barriers.may_start[rope.turn()], rope.turn_phase());
+    }
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -92,6 +88,15 @@ class Output {
       }
     }
     ptx::wgmma_commit();
+    if (warpgroup() == 0) release_p(rope);
+  }
+
+  // Nobody needs P in shared memory any more. Threads wrote and read it, the part of a page that
+  // comes next is written by TMA.
+  __device__ __forceinline__ void release_p(const PageRing& rope) {
+    ptx::fence_proxy_async();
+    __syncwarp();
+    release<T>(&shared_.barriers.empty[rope.buffer()]);
   }
 
   // The factor is seldom another than 1.

@@ -53,7 +53,7 @@ class Producer {
       for (int warp = kRightWarp; warp <= kRopeWarp; ++warp) {
         Part part = part_of(warp);
         if (warp == kRightWarp) part.ring.advance();  // past Q
-        load<false>(part, item.head, page);
+        load<false>(part, item.head, page, false);
       }
     }
   }
@@ -92,6 +92,7 @@ class Producer {
     Part part = part_of(warp);
     bool first = true;  // page, which begin() has loaded
     Ring left = Rings().left;
+    const bool stream = shared_.rules.payload <= T::kStreamedPages;
     for (Ring at(0, kItems);; at.advance()) {
       ptx::mbarrier_wait(&shared_.barriers.item_full[at.slot()], at.phase());
       const WorkItem& item = shared_.items[at.slot()];
@@ -108,7 +109,7 @@ class Producer {
         const int page = __shfl_sync(~0u, pages_ahead, i % 32);
         if (lane == 0 && !first) {
           if constexpr (!T::kMulticast) wait_until_empty(left);
-          load<T::kMulticast>(part, item.head, page);
+          load<T::kMulticast>(part, item.head, page, stream);
         }
         left.advance();
         first = false;
@@ -150,9 +151,11 @@ class Producer {
   }
 
   __device__ __forceinline__ void load_query(const WorkItem& item, const Ring& at) {
-    uint64_t* full = begin_load(at, kHalfBytes + kTileBytes);
+    uint64_t* full = begin_load(at, kHalfBytes + 2 * kTileBytes);
     load_query_tiles(item, maps_.query_half, 0, shared_.q_left, full);
-    load_query_tiles(item, maps_.query_rope, kRopeTile, shared_.q_rope, full);
+    for (int i = 0; i < 2; ++i) {
+      load_query_tiles(item, maps_.query_rope, kRopeTile - 1 + i, shared_.q_end[i], full);
+    }
   }
   __device__ __forceinline__ void load_right_query(const WorkItem& item, const Ring& at) {
     uint64_t* full = begin_load(at, kHalfBytes);
@@ -168,25 +171,26 @@ class Producer {
   // part to both. CTA 0 sends the left half, CTA 1 the right half, and they take turns with RoPE.
   struct Part {
     Ring ring;
-    const CUtensorMap* map;
-    uint8_t* buffers;
-    int bytes, tile, sender;
+    int tile, sender;
   };
   __device__ __forceinline__ Part part_of(int warp) const {
     const Rings rings;
-    if (warp == kRightWarp) {
-      return {rings.right, &maps_.half, shared_.half[kLeftBuffers], kHalfBytes, kHalfTiles, 1};
-    }
-    if (warp == kLeftWarp) return {rings.left, &maps_.half, shared_.half[0], kHalfBytes, 0, 0};
-    return {rings.rope, &maps_.rope, shared_.rope[0], kTileBytes, kRopeTile, 0};
+    if (warp == kRightWarp) return {rings.right, kHalfTiles, 1};
+    if (warp == kLeftWarp) return {rings.left, 0, 0};
+    return {Ring(kHalfBuffers, kRopeBuffers), kRopeTile, 0};
   }
   template <bool kMulticast>
-  __device__ __forceinline__ void load(const Part& part, int head, int page) {
-    uint64_t* full = begin_load(part.ring, part.bytes);
-    if (!kMulticast || position_.rank() == part.sender) {
-      const int32_t box[5] = {0, 0, part.tile, head, page};
-      ptx::load_box<kMulticast>(part.map, part.buffers + part.ring.slot() * part.bytes, full, box,
-                                T::kClusterMask);
+  __device__ __forceinline__ void load(const Part& part, int head, int page, bool stream) {
+    const bool rope = part.tile == kRopeTile;
+    uint64_t* full = begin_load(part.ring, rope ? kTileBytes : kHalfBytes);
+    if (kMulticast && position_.rank() != part.sender) return;
+    const CUtensorMap* map = rope ? &maps_.rope : &maps_.half;
+    uint8_t* target = rope ? shared_.rope[part.ring.slot()] : shared_.half[part.ring.buffer()];
+    const int32_t box[5] = {0, 0, part.tile, head, page};
+    if (stream) {
+      ptx::stream_box<kMulticast>(map, target, full, box, T::kClusterMask);
+    } else {
+      ptx::load_box<kMulticast>(map, target, full, box, T::kClusterMask);
     }
   }
 };

@@ -1,9 +1,9 @@
 // The score warpgroup: S = Q K^T and the online softmax of every page; P goes to the two output
 // warpgroups (output.cuh).
 //
-// The right half of Q stays in registers (64 a thread) for the whole work item, which leaves shared
-// memory room for half a page more, and spares it a quarter of what the scores read. P is written
-// over the page's own RoPE part, which nobody needs once the scores are there.
+// Three of Q's nine tiles stay in registers (48 a thread) for the whole work item, which leaves
+// shared memory room for half a page more. P is written over the page's own RoPE part, which nobody
+// needs once the scores are there.
 //
 // The tensor cores serve the warpgroups in turns, so what is issued when decides what waits. The
 // order is laid down with barriers, page by page:
@@ -11,8 +11,14 @@
 //   scores of page j, and with them the left output of page j - 1 | right output of page j - 1,
 //   under which the softmax of page j runs | scores of page j + 1 ...
 //
-// Warpgroup 1 gets P of page j - 1 only when the scores of page j have been issued. The left half
-// of a page, of which there are two buffers, is free soonest and needed last.
+// Both output warpgroups fetch P of page j - 1 when it is there, but warpgroup 1 multiplies it only
+// when the scores of page j have been issued. The left half of a page, of which there are two
+// buffers, is free soonest and needed last.
+//
+// From the last score of a page to the first product of the next one nothing else keeps the tensor
+// cores busy than the right output, and that is shorter. So nothing stands there that can be done
+// elsewhere: addresses are worked out under the scores, and maxima sought only when those of the
+// pages before do not do.
 #pragma once
 
 #include "cuda/ptx/matrix.cuh"
@@ -65,7 +71,7 @@ class Scorer {
 
   const KernelParams& params_;
   SharedStorage& shared_;
-  uint32_t q_[kHalfTiles][4][4];  // the right half of Q as A fragments
+  uint32_t q_[kRegisterTiles][4][4];  // of the right half of Q, as A fragments
   float s_[32];
   float row_max_[2], row_sum_[2];
   Rings at_;
@@ -77,24 +83,31 @@ class Scorer {
       row_max_[h] = kNoMaximum;
       row_sum_[h] = 0.f;
     }
-    int slot = 0;
-#pragma unroll 1
-    for (int page = 0; page < item.pages; ++page) {
-      issue_scores();
-      if (page > 0) hand_over(1, slot);
-      const bool masked = page >= item.open_pages;
-      slot = at_.rope.slot();
+    int left = item.pages;
+    PageRing last;
+    const ptx::SmemDescriptor q = operand(shared_.q_left);  // and q_end
+    Operands next = operands();
+    const float scale = __shfl_sync(~0u, params_.scale_log2, 0);  // else read anew for each page
+    for (bool first = true;; first = false) {
+      issue_scores(q, next);
+      if (!first) arrive(&shared_.barriers.may_start[last.turn()]);
+      const int page = item.pages - left;
+      const bool plain = page < item.open_pages && !params_.negate_scores;
+      last = at_.rope;
       at_.advance();
+      next = operands();
+      const Place place = place_of_p(last.slot());
       ptx::wgmma_wait<0>();
       ptx::pin(s_);
-      if (masked) mask(item, page);
-      softmax(slot);
-      if (page + 1 < item.pages) hand_over(0, slot);
+      if (!plain) adjust(item, page);
+      softmax(place, scale, first);
+      if (--left == 0) break;
+      arrive(&shared_.barriers.p_ready[last.slot()]);
     }
     if (lane_index() == 0) ::cuda::ptx::mbarrier_arrive(&shared_.barriers.empty[kQueryBuffer]);
-    publish_state(slot);
-    hand_over(0, slot);
-    hand_over(1, slot);
+    publish_state(last.slot());
+    arrive(&shared_.barriers.p_ready[last.slot()]);
+    arrive(&shared_.barriers.may_start[last.turn()]);
   }
 
   // Half of Q comes through the ring of the pages.
@@ -107,7 +120,7 @@ class Scorer {
     for (int k = 0; k < 4; ++k) {
       const uint32_t chunk = source + (((2 * k + lane / 16) ^ (row & 7)) << 4);
 #pragma unroll
-      for (int tile = 0; tile < kHalfTiles; ++tile) {
+      for (int tile = 0; tile < kRegisterTiles; ++tile) {
         ptx::load_matrices(q_[tile][k], chunk + tile * kTileBytes);
       }
     }
@@ -117,99 +130,136 @@ class Scorer {
     ptx::mbarrier_wait(&shared_.barriers.full[kQueryBuffer], phase);
   }
 
+  // Where the parts of a page lie; worked out while the tensor cores are busy with the page before.
+  struct Operands {
+    ptx::SmemDescriptor right, rope, left;
+  };
+  __device__ __forceinline__ Operands operands() const {
+    return {operand(shared_.half[at_.right.buffer()]), operand(shared_.rope[at_.rope.slot()]),
+            operand(shared_.half[at_.left.buffer()])};
+  }
+  __device__ __forceinline__ static ptx::SmemDescriptor operand(const void* tile) {
+    return {ptx::shared_address(tile), 16, 1024};
+  }
+
   // Issues S = Q K^T of the next page as its parts arrive.
-  __device__ __forceinline__ void issue_scores() {
-    const auto operand = [](const void* tile) {
-      return ptx::SmemDescriptor(ptx::shared_address(tile), 16, 1024);
-    };
-    const ptx::SmemDescriptor right = operand(shared_.half[at_.right.buffer()]);
-    const ptx::SmemDescriptor left = operand(shared_.half[at_.left.buffer()]);
-    const ptx::SmemDescriptor rope = operand(shared_.rope[at_.rope.slot()]);
-    const ptx::SmemDescriptor q_left = operand(shared_.q_left), q_rope = operand(shared_.q_rope);
+  __device__ __forceinline__ void issue_scores(const ptx::SmemDescriptor& q, const Operands& k) {
     ptx::forget(s_);
     wait_for(at_.right);
 #pragma unroll
-    for (int i = 0; i < 4 * kHalfTiles; ++i) {
-      Mma::n64_rs(s_, q_[i / 4][i % 4], right.at(i / 4 * kTileBytes + i % 4 * 32), i != 0);
+    for (int i = 0; i < 4 * kRegisterTiles; ++i) {
+      Mma::n64_rs(s_, q_[i / 4][i % 4], k.right.at(i / 4 * kTileBytes + i % 4 * 32), i != 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      Mma::n64_ss(s_, q.at(kHalfBytes + i * 32), k.right.at(kRegisterTiles * kTileBytes + i * 32),
+                  true);
     }
     wait_for(at_.rope);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) Mma::n64_ss(s_, q_rope.at(i * 32), rope.at(i * 32), true);
+    for (int i = 0; i < 4; ++i) {
+      Mma::n64_ss(s_, q.at(kHalfBytes + kTileBytes + i * 32), k.rope.at(i * 32), true);
+    }
     wait_for(at_.left);
 #pragma unroll
     for (int i = 0; i < 4 * kHalfTiles; ++i) {
       const int offset = i / 4 * kTileBytes + i % 4 * 32;
-      Mma::n64_ss(s_, q_left.at(offset), left.at(offset), true);
+      Mma::n64_ss(s_, q.at(offset), k.left.at(offset), true);
     }
     ptx::wgmma_commit();
   }
   // The wait is a loop: without the fence ptxas serialises the products (C7520).
-  __device__ __forceinline__ void wait_for(const Ring& at) {
+  template <typename AnyRing>
+  __device__ __forceinline__ void wait_for(const AnyRing& at) {
     ptx::mbarrier_wait(&shared_.barriers.full[at.buffer()], at.phase());
     ptx::wgmma_fence();
   }
 
-  // The output warpgroup may read P in this slot, its factor and state.
-  __device__ __forceinline__ void hand_over(int warpgroup, int slot) {
-    ::cuda::ptx::mbarrier_arrive(&shared_.barriers.p_ready[warpgroup][slot]);
+  __device__ __forceinline__ static void arrive(uint64_t* barrier) {
+    ::cuda::ptx::mbarrier_arrive(barrier);
   }
 
-  // Hides the tokens of the page that a row does not see.
-  __device__ __forceinline__ void mask(const WorkItem& item, int page) {
+  // Turns the scores' sign where the scale is negative, and hides the tokens of the page that a row
+  // does not see.
+  __device__ __forceinline__ void adjust(const WorkItem& item, int page) {
     const int first = item.first_token + page * kPageTokens + lane_index() % 4 * 2;
-    const float hidden = params_.negate_scores ? INFINITY : -INFINITY;
+    if (params_.negate_scores) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s_[i] = -s_[i];
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = item.first_row + row_index() + 8 * h;
       const int visible = visible_tokens(params_, item.seqlen, row) - first;
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
-        if (((i >> 1) & 1) == h && (i / 4) * 8 + (i & 1) >= visible) s_[i] = hidden;
+        if (((i >> 1) & 1) == h && (i / 4) * 8 + (i & 1) >= visible) s_[i] = -INFINITY;
       }
     }
   }
 
-  // S -> P, in shared memory, with what the output so far must be multiplied with.
-  __device__ __forceinline__ void softmax(int slot) {
-    if (params_.negate_scores) {
-#pragma unroll
-      for (int i = 0; i < 32; ++i) s_[i] = -s_[i];
-    }
+  // Where this lane stores its share of P, and the factors of its rows, if it is the one that does.
+  struct Place {
+    uint32_t* p;
+    bool has_factor;
+    float* factor;
+  };
+  __device__ __forceinline__ Place place_of_p(uint32_t slot) const {
     const int lane = lane_index(), row = row_index();
+    return {reinterpret_cast<uint32_t*>(shared_.rope[slot]) + ptx::thread_index() % kWarpgroup,
+            lane % 4 == 0, &shared_.factor[slot][row]};
+  }
+
+  // S -> P, in shared memory, with what the output so far must be multiplied with. Nearly always
+  // the maxima of the pages before will do, so they are tried first, and S is kept until it is
+  // clear that no score is above them by more than the threshold. If so, find_maxima() would have
+  // left them, and what comes out is the same, bit for bit.
+  __device__ __forceinline__ void softmax(const Place& place, float scale, bool first_page) {
+    float factor[2] = {1.f, 1.f}, sum[2];
+#pragma unroll 1
+    for (bool tried = first_page;; tried = true) {
+      if (tried) find_maxima(scale, factor);
+      sum[0] = sum[1] = 0.f;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float low = probability(8 * k + 2 * j, scale),
+                      high = probability(8 * k + 2 * j + 1, scale);
+          sum[j & 1] += low + high;
+          place.p[(4 * k + j) * kWarpgroup] = pack<Element>(low, high);  // as its operand A has it
+        }
+      }
+      const bool bounded = sum[0] + sum[1] <= kLargestProbability;  // false for NaN
+      if (tried || __all_sync(~0u, bounded)) break;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      row_sum_[h] = row_sum_[h] * factor[h] + sum[h];
+      if (place.has_factor) place.factor[8 * h] = factor[h];
+    }
+  }
+  // New maxima where the old ones are surpassed by more than the threshold, and what that
+  // multiplies the sums so far with.
+  __device__ __forceinline__ void find_maxima(float scale, float (&factor)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float top = -INFINITY;
 #pragma unroll
       for (int i = 2 * h; i < 32; i += 4) top = fmaxf(top, fmaxf(s_[i], s_[i + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * params_.scale_log2;
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
       const float next = top > row_max_[h] + kRescaleThreshold ? top : row_max_[h];
-      const float factor = ptx::exp2_approx(row_max_[h] - next);
+      factor[h] = ptx::exp2_approx(row_max_[h] - next);
       row_max_[h] = next;
-      row_sum_[h] *= factor;
-      if (lane % 4 == 0) shared_.factor[slot][row + 8 * h] = factor;
-    }
-    // Four 8 x 8 matrices at a time: rows 0-7, 8-15 of the warp, of 16 columns.
-    const int target_row = row / 16 * 16 + lane % 16;
-    const uint32_t target = ptx::shared_address(shared_.rope[slot]) + target_row * 128;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t p[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float low = probability(8 * k + 2 * j), high = probability(8 * k + 2 * j + 1);
-        row_sum_[j & 1] += low + high;
-        p[j] = pack<Element>(low, high);
-      }
-      ptx::store_matrices(target + (((2 * k + lane / 16) ^ (target_row & 7)) << 4), p);
     }
   }
-  __device__ __forceinline__ float probability(int i) const {
-    return ptx::exp2_approx(fmaf(s_[i], params_.scale_log2, -row_max_[(i >> 1) & 1]));
+  __device__ __forceinline__ float probability(int i, float scale) const {
+    return ptx::exp2_approx(fmaf(s_[i], scale, -row_max_[(i >> 1) & 1]));
   }
 
   // The rows' maxima and sums, complete with the last page of the item.
-  __device__ __forceinline__ void publish_state(int slot) {
+  __device__ __forceinline__ void publish_state(uint32_t slot) {
     const int lane = lane_index(), row = row_index();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -27,6 +27,8 @@ inline constexpr int kTileBytes = 64 * 64 * 2;
 inline constexpr int kHalfTiles = kHeadDimV / 2 / kTileColumns;  // 4
 inline constexpr int kHalfBytes = kHalfTiles * kTileBytes;       // 32 KB
 inline constexpr int kRopeTile = 2 * kHalfTiles;
+// Of Q's right half the score warpgroup keeps so many tiles in registers.
+inline constexpr int kRegisterTiles = 3;
 
 // Work items at once: of four with one page each, one may be in the right output, one in the left,
 // one in the scores, and one on its way.
@@ -50,6 +52,7 @@ inline constexpr int kProducerRegisters = 32;
 // The output is rescaled only when the running maximum grew by more than 2^8 (log2 units); the
 // final normalisation makes it exact. Idea: FlashAttention-4.
 inline constexpr float kRescaleThreshold = 8.f;
+inline constexpr float kLargestProbability = 256.f;  // so: 2^kRescaleThreshold
 inline constexpr float kNoMaximum = -FLT_MAX;
 
 enum NamedBarrier {
@@ -63,12 +66,16 @@ enum NamedBarrier {
 using Producers = Team<kWarpgroup, kProducersMeet>;
 
 // Shared memory holds two left halves of pages (columns 0-255), three right halves (256-511) and
-// three RoPE parts (512-575), each kind a ring of buffers, and the left half and RoPE part of Q.
+// two RoPE parts (512-575), each kind a ring of buffers, and of Q what is not in registers.
 // The buffers are numbered through; each has a pair of barriers.
-inline constexpr int kLeftBuffers = 2, kRightBuffers = 3, kRopeBuffers = 3;
+inline constexpr int kLeftBuffers = 2, kRightBuffers = 3, kRopeBuffers = 2;
 inline constexpr int kHalfBuffers = kLeftBuffers + kRightBuffers;
 inline constexpr int kQueryBuffer = kHalfBuffers + kRopeBuffers;
 inline constexpr int kBuffers = kQueryBuffer + 1;
+// Warpgroup 1 is told to start page by page. The scores may be that many pages ahead of it less
+// one: for the next they want a right half that it has not released.
+inline constexpr int kTurns = 4;
+static_assert(kTurns > kRightBuffers && kTurns % kRopeBuffers == 0);
 
 // Where a warp is in a ring of `count` buffers, of which `first` is the first.
 class Ring {
@@ -91,11 +98,30 @@ class Ring {
   int32_t first_, count_, position_;
 };
 
+// Counts pages: which RoPE buffer is a page's, and its P's, and which of the turns it has.
+class PageRing {
+ public:
+  __device__ __forceinline__ constexpr explicit PageRing(uint32_t position = 0)
+      : position_(position) {}
+  __device__ __forceinline__ uint32_t position() const { return position_; }  // 0 .. 7
+  __device__ __forceinline__ uint32_t slot() const { return position_ % kRopeBuffers; }
+  __device__ __forceinline__ uint32_t buffer() const { return kHalfBuffers + slot(); }
+  __device__ __forceinline__ uint32_t phase() const { return position_ / kRopeBuffers % 2; }
+  __device__ __forceinline__ uint32_t turn() const { return position_ % kTurns; }
+  __device__ __forceinline__ uint32_t turn_phase() const { return position_ / kTurns; }
+  __device__ __forceinline__ void advance(uint32_t by = 1) {
+    position_ = (position_ + by) % (2 * kTurns);
+  }
+
+ private:
+  uint32_t position_;
+};
+
 // A warp's place in the rings of the pages' parts.
 struct Rings {
   Ring left{0, kLeftBuffers};
   Ring right{kLeftBuffers, kRightBuffers};
-  Ring rope{kHalfBuffers, kRopeBuffers};
+  PageRing rope;
   __device__ __forceinline__ void advance() {
     left.advance();
     right.advance();
@@ -133,7 +159,8 @@ struct Walk {
 
 struct Barriers {
   uint64_t full[kBuffers], empty[kBuffers];
-  uint64_t p_ready[2][kRopeBuffers];  // for each of the output warpgroups
+  uint64_t p_ready[kRopeBuffers];  // P of a page is there
+  uint64_t may_start[kTurns];      // warpgroup 1 may multiply it
   uint64_t item_full[kItems], item_empty[kItems];
 };
 inline constexpr int kBarriers = sizeof(Barriers) / sizeof(uint64_t);
@@ -142,8 +169,10 @@ struct SharedStorage {
   alignas(1024) uint8_t half[kHalfBuffers][kHalfBytes];  // of pages; Q's right half on its way to
                                                          // registers
   alignas(1024) uint8_t q_left[kHalfBytes];
-  alignas(1024) uint8_t q_rope[kTileBytes];
-  alignas(1024) uint8_t rope[kRopeBuffers][kTileBytes];  // the RoPE part of a page, then P
+  alignas(1024) uint8_t q_end[2][kTileBytes];  // the last tile of the right half, the RoPE part
+  // The RoPE part of a page, then P: [4 steps of 16 tokens][4 registers of the output's
+  // operand][128 threads][two elements].
+  alignas(1024) uint8_t rope[kRopeBuffers][kTileBytes];
   float factor[kRopeBuffers][kTileRows];    // what the output is multiplied with before the page
   RowState state[kRopeBuffers][kTileRows];  // of an item, with its last page
   WorkItem items[kItems + kSplitTiles];     // those of split tiles last
@@ -196,6 +225,11 @@ struct Traits {
   static constexpr int kCluster = kCluster_;  // CTAs that share every page by multicast
   static constexpr bool kMulticast = kCluster > 1;
   static constexpr uint16_t kClusterMask = (1u << kCluster) - 1;
+  // A part of at most so many pages asks L2 to let them go first. So they do not push out what
+  // others have written, which would have to go to memory before they can come. That costs 1 to 4 %
+  // of a longer decode, and with 96 pages it does not pay any more
+  // (bench/results/steps/2026-11-28-h100).
+  static constexpr int kStreamedPages = kCluster == 1 ? 16 : 96;
 };
 
 }  // namespace flash_mla::cuda::decode_dense
