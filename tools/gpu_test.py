@@ -23,7 +23,7 @@ import ledger
 
 ROOT = ledger.ROOT
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-# A CTA of the decode has 33 mbarriers; synccheck loses track, and the run fails, past its default number.
+# A CTA of the decode has 31 mbarriers; synccheck loses track, and the run fails, past its default number.
 SANITIZER_OPTIONS = {"synccheck": ["--num-cuda-barriers", "16384"]}
 TIME_LIMIT = 590  # seconds a suite may take
 GPU_TESTS = "*Gpu*"

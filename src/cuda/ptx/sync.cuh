@@ -39,8 +39,8 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
 
 // Arrives at the same barrier of CTA `rank` of the cluster.
 //
-// NOTE: at the default scope, as CUTLASS has it. What is signalled is that this CTA's tensor cores
-// have finished reading a buffer (wgmma_wait), and nothing is published to the other CTA. With
+// NOTE: at the default scope, as CUTLASS has it. What is signalled is that this CTA has finished
+// reading a buffer (wgmma_wait, or a proxy fence), and nothing is published to the other CTA. With
 // .release.cluster ptxas puts MEMBAR.ALL.GPU before each arrival, and the whole decode ran at 430
 // instead of 524 TFLOPS (nvcc 13.0, b 128, h_q 128, s_kv 8192).
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank) {

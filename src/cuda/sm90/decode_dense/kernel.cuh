@@ -5,8 +5,8 @@
 //   warpgroups 0, 1  the output, half of the columns each (output.cuh), then the epilogue
 //                    (epilogue.cuh) and, for requests that were split, the merge (merge.cuh);
 //   warpgroup 2      scores and softmax (score.cuh), ahead of them;
-//   warp 12          the work items, and Q but for its right half, by TMA (producer.cuh);
-//   warp 13          the right halves of Q and of the pages, by TMA (producer.cuh);
+//   warp 12          the work items, and what of Q stays in shared memory, by TMA (producer.cuh);
+//   warp 13          the rest of Q, and the right halves of the pages, by TMA (producer.cuh);
 //   warps 14, 15     the left halves and the RoPE parts of the pages.
 // With more than 64 rows two CTAs make a cluster: 64 rows each, and every page comes once, by
 // multicast to both.
@@ -65,7 +65,8 @@ __device__ __forceinline__ void put_out(const KernelParams& params, SharedStorag
 }
 
 // Before the roles, nothing but the barriers is published to other CTAs or roles (what thread 0
-// sets, only output warps read, after they have met), and init_barriers() has its own fence: a
+// sets, only output warps read, after they have met; what the query warp sets, who waited for its
+// first item), and init_barriers() has its own fence: a
 // releasing arrival would wait for every load on its way.
 template <typename T, typename Semantics>
 __device__ __forceinline__ void cluster_sync(Semantics semantics) {

@@ -1,7 +1,7 @@
-// The producer warpgroup: one warp walks the work items, tells everybody and brings Q's left half
-// and RoPE part; the others bring the pages, a kind of buffer each, so that none waits for another
-// kind's, and one of them Q's right half. All by TMA. Before the roles begin, the first warp has
-// brought all of the first item's Q, and the second one its first page.
+// The producer warpgroup: one warp walks the work items, tells everybody and brings what of Q stays
+// in shared memory; the others bring the pages, a kind of buffer each, so that none waits for
+// another kind's, and one of them what of Q goes to registers. All by TMA. Before the roles begin,
+// the first warp has brought all of the first item's Q, and the second one its first page.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -92,12 +92,12 @@ class Producer {
     Part part = part_of(warp);
     bool first = true;  // page, which begin() has loaded
     Ring left = Rings().left;
-    const bool stream = shared_.rules.payload <= T::kStreamedPages;
     for (Ring at(0, kItems);; at.advance()) {
       ptx::mbarrier_wait(&shared_.barriers.item_full[at.slot()], at.phase());
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       const int pages = item.pages;
+      const bool stream = shared_.rules.payload <= T::kStreamedPages;
       const int32_t* table = table_of(item);
       int pages_ahead = lane < pages ? __ldg(table + lane) : 0;
       if (pages > 0 && warp == kRightWarp) {

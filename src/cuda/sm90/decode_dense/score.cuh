@@ -2,7 +2,7 @@
 // warpgroups (output.cuh).
 //
 // Three of Q's nine tiles stay in registers (48 a thread) for the whole work item, which leaves
-// shared memory room for half a page more. P is written over the page's own RoPE part, which nobody
+// shared memory room for three tiles more. P is written over the page's own RoPE part, which nobody
 // needs once the scores are there.
 //
 // The tensor cores serve the warpgroups in turns, so what is issued when decides what waits. The
@@ -110,7 +110,7 @@ class Scorer {
     arrive(&shared_.barriers.may_start[last.turn()]);
   }
 
-  // Half of Q comes through the ring of the pages.
+  // What of Q lives in registers comes through the ring of the pages.
   __device__ __forceinline__ void load_query(uint32_t phase) {
     const int buffer = at_.right.buffer(), lane = lane_index();
     const int row = row_index() / 16 * 16 + lane % 16;
@@ -230,7 +230,7 @@ class Scorer {
           place.p[(4 * k + j) * kWarpgroup] = pack<Element>(low, high);  // as its operand A has it
         }
       }
-      const bool bounded = sum[0] + sum[1] <= kLargestProbability;  // false for NaN
+      const bool bounded = sum[0] + sum[1] <= kSafeProbability;  // false for NaN
       if (tried || __all_sync(~0u, bounded)) break;
     }
 #pragma unroll
@@ -249,7 +249,8 @@ class Scorer {
       for (int i = 2 * h; i < 32; i += 4) top = fmaxf(top, fmaxf(s_[i], s_[i + 1]));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2)) * scale;
-      const float next = top > row_max_[h] + kRescaleThreshold ? top : row_max_[h];
+      float next = top > row_max_[h] + kRescaleThreshold ? top : row_max_[h];
+      next += next - next;  // infinity: NaN, the row is lost
       factor[h] = ptx::exp2_approx(row_max_[h] - next);
       row_max_[h] = next;
     }

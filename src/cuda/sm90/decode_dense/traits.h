@@ -52,7 +52,9 @@ inline constexpr int kProducerRegisters = 32;
 // The output is rescaled only when the running maximum grew by more than 2^8 (log2 units); the
 // final normalisation makes it exact. Idea: FlashAttention-4.
 inline constexpr float kRescaleThreshold = 8.f;
-inline constexpr float kLargestProbability = 256.f;  // so: 2^kRescaleThreshold
+// Of probabilities that are no larger, no score is above its row's maximum by the threshold; half
+// of 2^kRescaleThreshold, so that rounding does not matter.
+inline constexpr float kSafeProbability = 128.f;
 inline constexpr float kNoMaximum = -FLT_MAX;
 
 enum NamedBarrier {
@@ -72,8 +74,8 @@ inline constexpr int kLeftBuffers = 2, kRightBuffers = 3, kRopeBuffers = 2;
 inline constexpr int kHalfBuffers = kLeftBuffers + kRightBuffers;
 inline constexpr int kQueryBuffer = kHalfBuffers + kRopeBuffers;
 inline constexpr int kBuffers = kQueryBuffer + 1;
-// Warpgroup 1 is told to start page by page. The scores may be that many pages ahead of it less
-// one: for the next they want a right half that it has not released.
+// Warpgroup 1 is told to start page by page. The scores cannot tell it more than three times ahead:
+// for another page they want a right half that it has not released.
 inline constexpr int kTurns = 4;
 static_assert(kTurns > kRightBuffers && kTurns % kRopeBuffers == 0);
 
@@ -166,8 +168,7 @@ struct Barriers {
 inline constexpr int kBarriers = sizeof(Barriers) / sizeof(uint64_t);
 
 struct SharedStorage {
-  alignas(1024) uint8_t half[kHalfBuffers][kHalfBytes];  // of pages; Q's right half on its way to
-                                                         // registers
+  alignas(1024) uint8_t half[kHalfBuffers][kHalfBytes];  // of pages; of Q, on its way to registers
   alignas(1024) uint8_t q_left[kHalfBytes];
   alignas(1024) uint8_t q_end[2][kTileBytes];  // the last tile of the right half, the RoPE part
   // The RoPE part of a page, then P: [4 steps of 16 tokens][4 registers of the output's
@@ -182,6 +183,7 @@ struct SharedStorage {
   Rules rules;  // the query warp's
   FindStartScratch<Producers> find_start;
 };
+static_assert(offsetof(SharedStorage, q_end) == offsetof(SharedStorage, q_left) + kHalfBytes);
 static_assert(sizeof(SharedStorage) <= 232448, "a CTA has 227 KB of shared memory on sm_90");
 
 // Two fp32 as two adjacent 16-bit elements.
@@ -225,10 +227,9 @@ struct Traits {
   static constexpr int kCluster = kCluster_;  // CTAs that share every page by multicast
   static constexpr bool kMulticast = kCluster > 1;
   static constexpr uint16_t kClusterMask = (1u << kCluster) - 1;
-  // A part of at most so many pages asks L2 to let them go first. So they do not push out what
-  // others have written, which would have to go to memory before they can come. That costs 1 to 4 %
-  // of a longer decode, and with 96 pages it does not pay any more
-  // (bench/results/steps/2026-11-28-h100).
+  // A part of at most so many pages asks L2 to let them go first, all but the CTA's first one. So
+  // they do not push out what others have written, which would have to go to memory before they can
+  // come. It costs longer decodes 1 to 4 % (bench/results/steps/2026-11-28-h100).
   static constexpr int kStreamedPages = kCluster == 1 ? 16 : 96;
 };
 
