@@ -89,6 +89,25 @@ def test_softmax_scale(device: str, scale: float) -> None:
     assert_close(got, decode(inputs, True, scale))
 
 
+# A page's largest score, in bits above that of the page before. The GPU kernel leaves the maxima of the pages before alone until a
+# score is 8 bits above them.
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize("bits", [-20, 3, 7, 9, 20])
+@pytest.mark.parametrize("rows", ["all", "one"])
+def test_maxima_that_move(device: str, h_q: int, bits: int, rows: str) -> None:
+    inputs = make_inputs(Case(b=2, s_q=2, s_kv=640, h_q=h_q, varlen=False), device)
+    rope = 512  # a column that is no value's
+    inputs.q[..., rope] = 0
+    inputs.q[:, :, slice(None) if rows == "all" else 5, rope] = 1
+    bit = math.log(2) * math.sqrt(576)
+    inputs.k_cache[..., rope] = 0
+    for page in range(10):
+        inputs.k_cache[inputs.block_table[:, page].long(), ..., rope] = page * bits * bit
+    whole = {"enable_batch_invariant": True}  # one CTA does all pages of a request
+    got = flash_mla_with_kvcache(*inputs.args(), None, causal=True, **whole)
+    assert_close(got, decode(inputs, True))
+
+
 def test_rerun_is_bitwise_equal(device: str) -> None:
     inputs = make_inputs(Case(b=3, s_kv=2500, h_q=32), device)
     first = flash_mla_with_kvcache(*inputs.args(), None, causal=True)
