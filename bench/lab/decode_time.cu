@@ -1,11 +1,12 @@
 // Times the decode kernel, and prints the clock traces of a kernel that probe.py built with probes.
 //
-//   decode_time time [CASE...]                          median of 35 graph replays, L2 cold
-//   decode_time energy [CASE...]                        replays back to back for a second, the
-//   power
-//                                                       limit reached: time, watts and joules
-//   decode_time trace CASE [CTA [EVENTS [FIRST]]]       one CTA's events in order of time
-//   decode_time stats CASE                              first and last of each event, over the CTAs
+//   decode_time time [CASE...]                     median of 35 graph replays, L2 cold
+//   decode_time energy [CASE...]                   replays back to back for a second, at the power
+//                                                  limit: time, watts and joules
+//   decode_time trace CASE [CTA [EVENTS [FIRST]]]  one CTA's events in order of time
+//   decode_time stats CASE                         first and last of each event, over the CTAs
+//   decode_time chain CASE [CTA]                   what a page's scores and softmax take, and the
+//                                                  step from there to the next page's scores
 //
 // CASE is b,s_q,h_q,s_kv; a v after it stands for random lengths of that mean. README.md has more.
 #include <cuda_bf16.h>
@@ -368,6 +369,33 @@ void print_stats(const Case& c) {
 
 }  // namespace
 
+// Of the score warpgroup's pages; best of a kernel that notes nothing else (probe.py --chain).
+void print_chain(const Case& c, int cta) {
+  enum { kSoftmax, kStep, kScores, kPage, kSpans };
+  constexpr const char* kNames[kSpans] = {"softmax", "step", "scores", "page"};
+  std::vector<int> spans[kSpans];
+  int done = 0, written = 0, issued = 0;  // of the page: S there, P done, and the next one's issue
+  for (const Note& note : notes_of(*take_trace(c), cta)) {
+    if (note.track != lab::kScores) continue;
+    if (note.event == lab::kS) {
+      if (issued > done) spans[kScores].push_back(note.clock - issued);
+      if (done > 0) spans[kPage].push_back(note.clock - done);
+      done = note.clock;
+    } else if (note.event == lab::kPDone) {
+      spans[kSoftmax].push_back(note.clock - done);
+      written = note.clock;
+    } else if (note.event == lab::kIssue) {
+      if (written > done) spans[kStep].push_back(note.clock - written);
+      issued = note.clock;
+    }
+  }
+  std::printf("CTA %d: least, median, most clocks:", cta);
+  for (int i = 0; i < kSpans; ++i) {
+    if (!spans[i].empty()) std::printf("  %s %s", kNames[i], spread(spans[i]).c_str());
+  }
+  std::printf("\n");
+}
+
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   const auto number = [&](int i, int other) { return argc > i ? std::atoi(argv[i]) : other; };
@@ -383,7 +411,12 @@ int main(int argc, char** argv) {
     print_trace(Case(argv[2]), number(3, 0), number(4, 60), number(5, 0));
   } else if (mode == "stats" && argc > 2) {
     print_stats(Case(argv[2]));
+  } else if (mode == "chain" && argc > 2) {
+    print_chain(Case(argv[2]), number(3, 0));
   } else {
-    fail("time [CASE...] | energy [CASE...] | trace CASE [CTA [EVENTS [FIRST]]] | stats CASE");
+    fail(
+        "time [CASE...] | energy [CASE...] | trace CASE [CTA [EVENTS [FIRST]]] | stats CASE | "
+        "chain "
+        "CASE [CTA]");
   }
 }

@@ -1,6 +1,6 @@
 """Builds the decode kernel from a copy of the sources, changed for an experiment, with the program that times and traces it.
 
-  python3 bench/lab/probe.py --out build/lab/NAME [--tree PATH] [--trace [--fine]] [--subst 'FILE=>OLD=>NEW' ...] [--report]
+  python3 bench/lab/probe.py --out build/lab/NAME [--tree PATH] [--trace [--fine] | --chain] [--subst 'FILE=>OLD=>NEW' ...] [--report]
 
 OUT/tree holds the copy, OUT/decode_time is the program (README.md). A second call with the same --out compiles only what has changed.
 A probe's place is named by a line of the kernel. Where no such line is found, or more than one, the kernel has changed, and PROBES
@@ -93,6 +93,11 @@ FINE = (
 )  # fmt: skip
 
 
+# What decode_time chain needs, and no other probe: each costs its warp time, and a page has fifteen.
+CHAIN = tuple(edit for edit in PROBES if "probe<" not in edit[2] or f"probe<SharedStorage>(flash_mla::lab::{SCORES}, " in edit[2]
+              and any(f"flash_mla::lab::{event})" in edit[2] for event in ("kIssue", "kS", "kPDone")))  # fmt: skip
+
+
 def put(texts, edit):
     """Puts an edit's text into texts[file], a list of lines."""
     name, where, text, anchor = edit
@@ -163,12 +168,20 @@ def main():
     parser.add_argument("--tree", type=Path, default=ROOT)
     parser.add_argument("--trace", action="store_true", help="put the probes in")
     parser.add_argument("--fine", action="store_true", help="and some within the softmax")
+    parser.add_argument(
+        "--chain", action="store_true", help="only the three that `decode_time chain` reads"
+    )
     parser.add_argument("--subst", action="append", default=[], metavar="FILE=>OLD=>NEW")
     parser.add_argument("--report", action="store_true", help="print what ptxas said")
     options = parser.parse_args()
     out, tree = options.out.resolve(), options.tree.resolve()
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or sys.exit("probe: no nvcc")
-    edits = CLOCKS + PROBES * (options.trace or options.fine) + FINE * options.fine
+    edits = (
+        CLOCKS
+        + PROBES * (options.trace or options.fine)
+        + FINE * options.fine
+        + CHAIN * options.chain
+    )
     copy(tree, out / "tree", edits, options.subst)
     build = out / "build"
     switches = [f"-DFLASH_MLA_{name}=OFF" for name in OFF] + ["-DFLASH_MLA_CUDA=ON"]
