@@ -47,6 +47,7 @@ class Controller:
         self.reasons: collections.Counter[str] = collections.Counter()
         self.kind = "prefill"  # of calls that do not run absorbed, in this forward pass
         self.reason = ""
+        self.absorbs = False  # whether this forward pass runs absorbed
         self._warned: set[str] = set()
 
     def count(self, layer: AbsorbedLayer, absorbed: bool) -> None:
@@ -128,7 +129,8 @@ class Decoder:
         if torch.compiler.is_compiling():
             return None  # what is compiled is the model's own attention
         call = self._read(args, kwargs)
-        self.controller.kind, self.controller.reason = "prefill", ""
+        control = self.controller
+        control.kind, control.reason, control.absorbs = "prefill", "", False
         if not self._plan(call) or not self.owns_mask:
             return None
         # A mask with four axes passes for one that is ready: no layer builds one or looks at it.
@@ -179,6 +181,7 @@ class Decoder:
             absorbed, reason = False, unknown
         if absorbed:
             self._make_ready(held)
+            control.absorbs = True
             if kinds != {LatentLayer}:
                 self._adopt(call, held, None if mask is KEEP else mask)
                 rows = _rows_of(held)
@@ -240,6 +243,7 @@ class Decoder:
         elif call.s_q > control.max_s_q:
             control.kind = "long chunk"
         absorbed = bool(length) and not reason and call.s_q <= control.max_s_q
+        control.absorbs = absorbed
         for layer in held.values():
             if type(layer) is StaticLatentLayer:
                 layer.absorbs, layer.goes_on = absorbed, not reason
