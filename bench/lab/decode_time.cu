@@ -416,7 +416,6 @@ int main(int argc, char** argv) {
   } else {
     fail(
         "time [CASE...] | energy [CASE...] | trace CASE [CTA [EVENTS [FIRST]]] | stats CASE | "
-        "chain "
-        "CASE [CTA]");
+        "chain CASE [CTA]");
   }
 }

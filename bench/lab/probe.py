@@ -45,8 +45,8 @@ CLOCKS = (
 )  # fmt: skip
 QUERY_LANE, RIGHT_LANE = "threadIdx.x == kQueryWarp * 32", "threadIdx.x == kRightWarp * 32"
 PREPARE = "const Walk walk = prepare<T>(params, maps, shared);"
-LOADS = "load<T::kMulticast>(part, item.head, page);"
-FIRST_LOAD = "load<false>(part, item.head, page);"
+LOADS = "load<T::kMulticast>(part, item.head, page, stream);"
+FIRST_LOAD = "load<false>(part, item.head, page, false);"
 PROBES = (
     ("traits.h", "after", "uint16_t lab_count[7];", "int32_t num_split_tiles, merge_ready;"),
     ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", PREPARE),
@@ -89,7 +89,7 @@ PROBES = (
 )  # fmt: skip
 FINE = (
     note("score.cuh", "before", SCORES, "kSoftmax", "softmax(place, scale, first);"),
-    note("score.cuh", "before", SCORES, "kMaxima", "float factor[2] = {1.f, 1.f}, sum[2];"),
+    note("score.cuh", "after", SCORES, "kMaxima", "if (tried) find_maxima(scale, factor);"),
 )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "bench/lab")]
 
 import check_spills  # noqa: E402
 import check_text  # noqa: E402
 import gpu_test  # noqa: E402
 import ledger  # noqa: E402
+import probe  # noqa: E402
 import readme_table  # noqa: E402
 
 SOURCE = """#include "a.h"  // why
@@ -241,3 +242,12 @@ def test_tables_of_a_result():
     assert "| 1 | 1.25 | 2.00 | - | 1.25 |" in readme_table.summary(result, cases)
     assert readme_table.details(result, cases).count("\n") == 2
     assert "| 2 | 1 | 8 | 64 v | 100.0 |" in readme_table.details(result, more)
+
+
+@pytest.mark.parametrize(
+    "edits", [probe.CLOCKS + probe.PROBES + probe.FINE, probe.CLOCKS + probe.CHAIN]
+)
+def test_probes_find_their_places_in_the_kernel(tmp_path, edits):
+    probe.copy(ROOT, tmp_path, edits, [])  # exits where a line is not found once
+    score = (tmp_path / probe.KERNEL / "score.cuh").read_text()
+    assert score.count("flash_mla::lab::kPDone)") == 1
