@@ -1,5 +1,5 @@
-// Tensor maps (TMA descriptors): of a paged KV cache, made once per cache and remembered, and of
-// the queries.
+// Tensor maps (TMA descriptors) of a paged KV cache and of the queries. Making one takes half a
+// microsecond, and a decode needs four, so each thread remembers those it has made.
 #include "cuda/common/tensor_map.h"
 
 #include <cudaTypedefs.h>
@@ -24,22 +24,25 @@ constexpr std::int64_t kPageRows = 64;
 constexpr std::int64_t kTileColumns = 64;  // 128 bytes: the width of the swizzle
 constexpr std::int64_t kColumnTiles = kHeadDimQk / kTileColumns;
 constexpr std::int64_t kElementBytes = 2;
-constexpr cuuint32_t kPartTiles = 4;
-constexpr cuuint32_t kRopeTiles = 1;
-constexpr std::size_t kCacheEntries = 256;  // power of two; engines have 27 to 128 layers
+constexpr std::int32_t kPartTiles = 4;
+constexpr std::int32_t kRopeTiles = 1;
+// Of 256 bytes; a power of two. Engines have 27 to 128 layers with a cache each, and their queries
+// come to lie in a few places.
+constexpr std::size_t kCacheEntries = 1024;
 
-struct Key {
+// What differs between the maps; element type by dtype, 128-byte swizzle, zeros outside.
+struct MapShape {
   const void* data = nullptr;
-  std::int64_t stride_page = 0, stride_row = 0, stride_head = 0;
-  std::int32_t num_pages = 0, h_kv = 0;
-  std::int32_t device = 0;
+  std::array<std::int64_t, kRank> dims = {};
+  std::array<std::int64_t, kRank - 1> strides = {};  // of axes 1 .., in elements
+  std::array<std::int32_t, kRank> box = {};
   DType dtype = DType::kUndefined;
-  friend bool operator==(const Key&, const Key&) noexcept = default;
+  friend bool operator==(const MapShape&, const MapShape&) noexcept = default;
 };
 
 struct Entry {
-  CUtensorMap part_map, rope_map;
-  Key key;
+  CUtensorMap map;
+  MapShape shape;
 };
 
 using Encode = PFN_cuTensorMapEncodeTiled_v12000;
@@ -58,47 +61,6 @@ Encode find_encode() noexcept {
   return reinterpret_cast<Encode>(function);
 }
 
-// A stride that no coordinate other than 0 is multiplied with may be anything in the tensor, but
-// not in the map. Neither may the address be null, as that of a cache without pages may be.
-Key make_key(const DecodeParams& params, std::int32_t device) noexcept {
-  if (params.num_pages == 0) {
-    return {.data = params.q,
-            .stride_page = kHeadDimQk,
-            .stride_row = kHeadDimQk,
-            .stride_head = kHeadDimQk,
-            .num_pages = 0,
-            .h_kv = 1,
-            .device = device,
-            .dtype = params.dtype};
-  }
-  return {.data = params.kv_cache,
-          .stride_page = params.num_pages > 1 ? params.stride_kv_page : kHeadDimQk,
-          .stride_row = params.stride_kv_row,
-          .stride_head = params.h_kv > 1 ? params.stride_kv_head : kHeadDimQk,
-          .num_pages = params.num_pages,
-          .h_kv = params.h_kv,
-          .device = device,
-          .dtype = params.dtype};
-}
-
-std::size_t cache_slot(const Key& key) noexcept {
-  // The fields besides the address seldom differ between caches that are alive together.
-  constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15;  // Fibonacci hashing
-  const std::uint64_t mixed =
-      (reinterpret_cast<std::uintptr_t>(key.data) + static_cast<std::uint64_t>(key.num_pages)) *
-      kGolden;
-  return static_cast<std::size_t>(mixed >> 32) % kCacheEntries;
-}
-
-// What differs between the maps; element type by dtype, 128-byte swizzle, zeros outside.
-struct MapShape {
-  void* data;
-  DType dtype;
-  std::array<cuuint64_t, kRank> dims;
-  std::array<std::int64_t, kRank - 1> strides;  // of axes 1 .., in elements
-  std::array<cuuint32_t, kRank> box;
-};
-
 Status encode_map(const char* tensor, const MapShape& shape, CUtensorMap* map) noexcept {
   static const Encode encode = find_encode();
   if (encode == nullptr) {
@@ -106,16 +68,19 @@ Status encode_map(const char* tensor, const MapShape& shape, CUtensorMap* map) n
         StatusCode::kCudaError,
         "decode: the driver has no cuTensorMapEncodeTiled; update the NVIDIA driver");
   }
-  cuuint64_t strides[kRank - 1];
-  for (int i = 0; i < kRank - 1; ++i) {
-    strides[i] = static_cast<cuuint64_t>(shape.strides[i] * kElementBytes);
+  cuuint64_t dims[kRank], strides[kRank - 1];
+  cuuint32_t box[kRank];
+  for (int i = 0; i < kRank; ++i) {
+    dims[i] = static_cast<cuuint64_t>(shape.dims[i]);
+    box[i] = static_cast<cuuint32_t>(shape.box[i]);
+    if (i + 1 < kRank) strides[i] = static_cast<cuuint64_t>(shape.strides[i] * kElementBytes);
   }
   constexpr cuuint32_t kElementStrides[kRank] = {1, 1, 1, 1, 1};
   const CUtensorMapDataType type = shape.dtype == DType::kFp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result =
-      encode(map, type, kRank, shape.data, shape.dims.data(), strides, shape.box.data(),
-             kElementStrides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(map, type, kRank, const_cast<void*>(shape.data), dims, strides, box, kElementStrides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return {};
   return Status::error(
@@ -127,22 +92,18 @@ Status encode_map(const char* tensor, const MapShape& shape, CUtensorMap* map) n
       static_cast<long long>(shape.strides[3]));
 }
 
-Status encode_kv_map(const Key& key, cuuint32_t tiles, CUtensorMap* map) noexcept {
-  MapShape shape = {const_cast<void*>(key.data),
-                    key.dtype,
-                    {kTileColumns, kPageRows, kColumnTiles, static_cast<cuuint64_t>(key.h_kv),
-                     static_cast<cuuint64_t>(key.num_pages)},
-                    {key.stride_row, kTileColumns, key.stride_head, key.stride_page},
-                    {kTileColumns, kPageRows, tiles, 1, 1}};
-  if (key.num_pages == 0) shape.dims = {kTileColumns, 1, 1, 1, 1};
-  return encode_map("kv_cache", shape, map);
+std::size_t cache_slot(const MapShape& shape) noexcept {
+  // The rest seldom differs between tensors that are alive together.
+  constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15;  // Fibonacci hashing
+  const auto mixed =
+      reinterpret_cast<std::uintptr_t>(shape.data) +
+      static_cast<std::uint64_t>(shape.dims[kRank - 1] * kRank + shape.box[2] + shape.box[3]);
+  return static_cast<std::size_t>(mixed * kGolden >> 32) % kCacheEntries;
 }
 
-}  // namespace
-
-Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, CUtensorMap* part_map,
-                      CUtensorMap* rope_map) noexcept {
-  // On the heap: 80 KB of static thread storage would be charged to every thread of the process.
+// Makes the map, or finds it among those that this thread has made.
+Status find_map(const char* tensor, const MapShape& shape, CUtensorMap* map) noexcept {
+  // On the heap: static thread storage would be charged to every thread of the process.
   thread_local std::unique_ptr<std::array<Entry, kCacheEntries>> cache;
   if (cache == nullptr) {
     cache.reset(new (std::nothrow) std::array<Entry, kCacheEntries>());
@@ -150,17 +111,48 @@ Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, CUtensorM
       return Status::error(StatusCode::kInternal, "decode: out of host memory for tensor maps");
     }
   }
-  const Key key = make_key(params, device);
-  Entry& entry = (*cache)[cache_slot(key)];
-  if (!(entry.key == key)) {
-    entry.key = {};
-    FLASH_MLA_RETURN_IF_ERROR(encode_kv_map(key, kPartTiles, &entry.part_map));
-    FLASH_MLA_RETURN_IF_ERROR(encode_kv_map(key, kRopeTiles, &entry.rope_map));
-    entry.key = key;
+  Entry& entry = (*cache)[cache_slot(shape)];
+  if (!(entry.shape == shape)) {
+    entry.shape = {};
+    FLASH_MLA_RETURN_IF_ERROR(encode_map(tensor, shape, &entry.map));
+    entry.shape = shape;
   }
-  *part_map = entry.part_map;
-  *rope_map = entry.rope_map;
+  *map = entry.map;
   return {};
+}
+
+// The maps whose boxes have so many tiles, along that axis, as half of a row has, and one.
+Status find_maps(const char* tensor, MapShape shape, int tile_axis, CUtensorMap* part_map,
+                 CUtensorMap* rope_map) noexcept {
+  shape.box[tile_axis] = kPartTiles;
+  FLASH_MLA_RETURN_IF_ERROR(find_map(tensor, shape, part_map));
+  shape.box[tile_axis] = kRopeTiles;
+  return find_map(tensor, shape, rope_map);
+}
+
+// A stride that no coordinate other than 0 is multiplied with may be anything in the tensor, but
+// not in the map.
+std::int64_t stride_or_any(std::int64_t stride, std::int64_t extent) noexcept {
+  return extent > 1 ? stride : kHeadDimQk;
+}
+
+}  // namespace
+
+Status kv_tensor_maps(const DecodeParams& params, CUtensorMap* part_map,
+                      CUtensorMap* rope_map) noexcept {
+  MapShape shape = {
+      params.kv_cache,
+      {kTileColumns, kPageRows, kColumnTiles, params.h_kv, params.num_pages},
+      {params.stride_kv_row, kTileColumns, stride_or_any(params.stride_kv_head, params.h_kv),
+       stride_or_any(params.stride_kv_page, params.num_pages)},
+      {kTileColumns, kPageRows, 1, 1, 1},
+      params.dtype};
+  if (params.num_pages == 0) {  // no page is loaded, but the address must not be null
+    shape.data = params.q;
+    shape.dims = {kTileColumns, 1, 1, 1, 1};
+    shape.strides = {kHeadDimQk, kTileColumns, kHeadDimQk, kHeadDimQk};
+  }
+  return find_maps("kv_cache", shape, 2, part_map, rope_map);
 }
 
 QueryRows query_rows(const DecodeParams& params) noexcept {
@@ -178,25 +170,18 @@ QueryRows query_rows(const DecodeParams& params) noexcept {
 
 Status query_tensor_maps(const DecodeParams& params, const QueryRows& rows, CUtensorMap* part_map,
                          CUtensorMap* rope_map) noexcept {
-  const auto extent = [](std::int64_t n) { return static_cast<cuuint64_t>(n); };
-  // As in make_key(): a stride that is never used may be anything in the tensor.
-  const auto stride = [](std::int64_t stride, std::int64_t n) {
-    return n > 1 ? stride : kHeadDimQk;
-  };
   const std::int64_t heads = rows.dense ? std::int64_t{params.s_q} * params.h_q : params.h_q;
   const std::int64_t tokens = rows.dense ? 1 : params.s_q;
-  const auto box_heads = static_cast<cuuint32_t>(
+  const auto box_heads = static_cast<std::int32_t>(
       rows.dense ? kPageRows : std::min<std::int64_t>(rows.width, kPageRows));
   MapShape shape = {
-      const_cast<void*>(params.q),
-      params.dtype,
-      {kTileColumns, extent(heads), extent(tokens), kColumnTiles, extent(params.b)},
-      {stride(params.stride_q_h, heads), stride(params.stride_q_s, tokens), kTileColumns,
-       stride(params.stride_q_b, params.b)},
-      {kTileColumns, box_heads, static_cast<cuuint32_t>(kPageRows) / box_heads, kPartTiles, 1}};
-  FLASH_MLA_RETURN_IF_ERROR(encode_map("q", shape, part_map));
-  shape.box[3] = kRopeTiles;
-  return encode_map("q", shape, rope_map);
+      params.q,
+      {kTileColumns, heads, tokens, kColumnTiles, params.b},
+      {stride_or_any(params.stride_q_h, heads), stride_or_any(params.stride_q_s, tokens),
+       kTileColumns, stride_or_any(params.stride_q_b, params.b)},
+      {kTileColumns, box_heads, static_cast<std::int32_t>(kPageRows) / box_heads, 1, 1},
+      params.dtype};
+  return find_maps("q", shape, 3, part_map, rope_map);
 }
 
 }  // namespace flash_mla::cuda

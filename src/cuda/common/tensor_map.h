@@ -1,5 +1,6 @@
-// Tensor maps (TMA descriptors): of a paged KV cache, made once per cache and remembered, and of
-// the queries.
+// Tensor maps (TMA descriptors) of a paged KV cache and of the queries. A map depends on address,
+// extents and strides alone, and those of an engine's tensors come back at every step, so each
+// thread remembers what it has made, with no lock on the way.
 #pragma once
 
 #include <cuda.h>
@@ -21,10 +22,8 @@ namespace flash_mla::cuda {
 //   *part_map: box of 64 columns x 64 rows x 4 tiles, half of the latent part, 32 KB
 //   *rope_map: box of 64 columns x 64 rows x 1 tile, for the RoPE part (tile 8), 8 KB
 //
-// Engines call with one cache per layer, the same ones at every step, so what
-// was made is remembered per thread, with no lock on the way.
 // Errors: kCudaError (the driver refused), kInternal (out of host memory).
-Status kv_tensor_maps(const DecodeParams& params, std::int32_t device, CUtensorMap* part_map,
+Status kv_tensor_maps(const DecodeParams& params, CUtensorMap* part_map,
                       CUtensorMap* rope_map) noexcept;
 
 // How the query rows of a kv head are numbered, so that 64 of them in a row are one box of q: query
@@ -39,8 +38,8 @@ QueryRows query_rows(const DecodeParams& params) noexcept;
 
 // Rank-5 maps over q [b, s_q, h_q, 576], any strides that are multiples of 16 bytes. Coordinates,
 // innermost first: column in the tile (0), head, query token, column tile, request; dense rows: row
-// instead of head, and 0. Boxes as those of a page; outside of q they read zeros. Made anew each
-// time: q moves, and making them is pure host arithmetic. Errors: kCudaError (the driver refused).
+// instead of head, and 0. Boxes as those of a page; outside of q they read zeros.
+// Errors: as kv_tensor_maps().
 Status query_tensor_maps(const DecodeParams& params, const QueryRows& rows, CUtensorMap* part_map,
                          CUtensorMap* rope_map) noexcept;
 

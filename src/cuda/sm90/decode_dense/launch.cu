@@ -45,7 +45,7 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
   TensorMaps maps;
   FLASH_MLA_RETURN_IF_ERROR(
       query_tensor_maps(decode_params, rows, &maps.query_half, &maps.query_rope));
-  FLASH_MLA_RETURN_IF_ERROR(kv_tensor_maps(decode_params, device, &maps.half, &maps.rope));
+  FLASH_MLA_RETURN_IF_ERROR(kv_tensor_maps(decode_params, &maps.half, &maps.rope));
   params.counters = static_cast<Counter*>(workspace.counters);
   params.partials = static_cast<std::byte*>(workspace.partials);
 
