@@ -20,6 +20,11 @@ __device__ __forceinline__ void prefetch_line(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
 }
 
+// Brings `bytes`, a multiple of 16, from a multiple of 16 on into L2.
+__device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // The box at `at` lands at `shared` (in each CTA of `mask` at the same place), and its bytes are
 // counted on `barrier` there. Coordinates outside the tensor read as zeros.
 template <bool kMulticast>

@@ -42,6 +42,8 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
   params.row_width = rows.width;
   params.rows = rows.count(decode_params);
   params.map_width = rows.dense ? params.rows : rows.width;
+  params.prefetch_pages = decode_params.h_kv == 1 && config.schedule.team == 1 &&
+                          decode_params.stride_kv_row == kHeadDimQk;
   TensorMaps maps;
   FLASH_MLA_RETURN_IF_ERROR(
       query_tensor_maps(decode_params, rows, &maps.query_half, &maps.query_rope));

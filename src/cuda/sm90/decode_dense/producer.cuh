@@ -86,7 +86,9 @@ class Producer {
 
   // Of every item in order, the pages' parts of this warp's kind, and Q's right half; of the first,
   // what begin() has left. Where memory is all that counts, all parts of a page are asked for when
-  // its left half is, the last one that there is room for: together they are read fastest.
+  // its left half is, the last one that there is room for: together they are read fastest. A pair,
+  // which has half as many pages on their way for as much memory, brings those of a long part into
+  // L2 one page ahead, and asks L2 to let them go once they are loaded.
   __device__ void load_pages() {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Part part = part_of(warp);
@@ -97,16 +99,23 @@ class Producer {
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       const int pages = item.pages;
-      const bool stream = shared_.rules.payload <= T::kStreamedPages;
+      const bool is_long = shared_.rules.payload > T::kStreamedPages;
+      const bool ahead = T::kMulticast && is_long && params_.prefetch_pages;
+      const bool stream = ahead || !is_long;
       const int32_t* table = table_of(item);
       int pages_ahead = lane < pages ? __ldg(table + lane) : 0;
       if (pages > 0 && warp == kRightWarp) {
-        if (lane == 0 && !first) load_right_query(item, part.ring);
+        const Ring right(kLeftBuffers, kRightBuffers, part.ring.position());
+        if (lane == 0 && !first) load_right_query(item, right);
         part.ring.advance();
       }
       for (int i = 0; i < pages; ++i) {
         if (i % 32 == 0 && i > 0) pages_ahead = i + lane < pages ? __ldg(table + i + lane) : 0;
         const int page = __shfl_sync(~0u, pages_ahead, i % 32);
+        if (ahead && warp == kRopeWarp && position_.rank() == 0 && lane == i % 32 + 1 &&
+            i + 1 < pages) {
+          prefetch_page(pages_ahead);
+        }
         if (lane == 0 && !first) {
           if constexpr (!T::kMulticast) wait_until_empty(left);
           load<T::kMulticast>(part, item.head, page, stream);
@@ -114,7 +123,6 @@ class Producer {
         left.advance();
         first = false;
         part.ring.advance();
-        part.sender ^= warp == kRopeWarp;
         __syncwarp();
       }
       first = false;
@@ -167,23 +175,34 @@ class Producer {
            item.first_token / kPageTokens;
   }
 
-  // One kind of a page's parts. A pair of CTAs shares the load of a page: CTA `sender` sends the
+  // Into L2, in one run: the parts' boxes then find it there.
+  __device__ __forceinline__ void prefetch_page(int page) const {
+    if (static_cast<uint32_t>(page) >= static_cast<uint32_t>(params_.decode.num_pages)) return;
+    ptx::prefetch_bulk(static_cast<const typename T::Element*>(params_.decode.kv_cache) +
+                           page * params_.decode.stride_kv_page,
+                       kPageTokens * kHeadDimQk * sizeof(typename T::Element));
+  }
+
+  // One kind of a page's parts. A pair of CTAs shares the load of a page: CTA sender() sends the
   // part to both. CTA 0 sends the left half, CTA 1 the right half, and they take turns with RoPE.
   struct Part {
     Ring ring;
-    int tile, sender;
+    int tile;
+    __device__ __forceinline__ int sender() const {
+      return tile == kRopeTile ? ring.position() % 2 : tile == kHalfTiles;
+    }
   };
   __device__ __forceinline__ Part part_of(int warp) const {
     const Rings rings;
-    if (warp == kRightWarp) return {rings.right, kHalfTiles, 1};
-    if (warp == kLeftWarp) return {rings.left, 0, 0};
-    return {Ring(kHalfBuffers, kRopeBuffers), kRopeTile, 0};
+    if (warp == kRightWarp) return {rings.right, kHalfTiles};
+    if (warp == kLeftWarp) return {rings.left, 0};
+    return {Ring(kHalfBuffers, kRopeBuffers), kRopeTile};
   }
   template <bool kMulticast>
   __device__ __forceinline__ void load(const Part& part, int head, int page, bool stream) {
     const bool rope = part.tile == kRopeTile;
     uint64_t* full = begin_load(part.ring, rope ? kTileBytes : kHalfBytes);
-    if (kMulticast && position_.rank() != part.sender) return;
+    if (kMulticast && position_.rank() != part.sender()) return;
     const CUtensorMap* map = rope ? &maps_.rope : &maps_.half;
     uint8_t* target = rope ? shared_.rope[part.ring.slot()] : shared_.half[part.ring.buffer()];
     const int32_t box[5] = {0, 0, part.tile, head, page};

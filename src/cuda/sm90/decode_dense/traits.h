@@ -211,6 +211,7 @@ struct KernelParams {
       row_width;  // numbers that the rows of a query token have; the first heads_per_kv are rows
   int32_t rows;   // s_q * row_width
   Divider map_width;    // of the rows along the query map's axis of heads
+  bool prefetch_pages;  // a page is one run of memory, and one cluster reads it
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
   std::byte* partials;  // [2 slots][CTAs] of kPartialBytes
@@ -229,7 +230,8 @@ struct Traits {
   static constexpr uint16_t kClusterMask = (1u << kCluster) - 1;
   // A part of at most so many pages asks L2 to let them go first, all but the CTA's first one. So
   // they do not push out what others have written, which would have to go to memory before they can
-  // come. It costs longer decodes 1 to 4 % (bench/results/steps/2026-11-28-h100).
+  // come. It costs longer decodes 1 to 4 % (bench/results/steps/2026-11-28-h100), but not those
+  // whose pages come to L2 ahead (KernelParams::prefetch_pages), which would push out one another.
   static constexpr int kStreamedPages = kCluster == 1 ? 16 : 96;
 };
 
