@@ -192,7 +192,7 @@ def test_while_other_kernels_hold_sms(h_q: int) -> None:
         torch.cuda.synchronize()
         with torch.cuda.stream(sleeper):
             torch.cuda._sleep(5_000_000)  # clocks, in a CTA that leaves too few registers for ours
-        torch.cuda._sleep(200_000)  # so that the host is through with the call when it begins
+        torch.cuda._sleep(2_000_000)  # so that the host is through with the call when it begins
         begin.record()
         call(inputs, out=out, lse=lse)
         end.record()

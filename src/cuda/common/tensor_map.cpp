@@ -1,5 +1,5 @@
-// Tensor maps (TMA descriptors) of a paged KV cache and of the queries. Making one takes half a
-// microsecond, and a decode needs four, so each thread remembers those it has made.
+// Tensor maps (TMA descriptors) of a paged KV cache and of the queries. A decode needs four, and
+// each thread remembers those it has made, until another one takes their place.
 #include "cuda/common/tensor_map.h"
 
 #include <cudaTypedefs.h>

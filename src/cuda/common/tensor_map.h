@@ -1,6 +1,6 @@
 // Tensor maps (TMA descriptors) of a paged KV cache and of the queries. A map depends on address,
-// extents and strides alone, and those of an engine's tensors come back at every step, so each
-// thread remembers what it has made, with no lock on the way.
+// extents, strides, box and element type alone, and an engine's tensors come back at every step, so
+// each thread remembers what it has made, with no lock on the way.
 #pragma once
 
 #include <cuda.h>

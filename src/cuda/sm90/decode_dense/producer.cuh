@@ -88,7 +88,8 @@ class Producer {
   // what begin() has left. Where memory is all that counts, all parts of a page are asked for when
   // its left half is, the last one that there is room for: together they are read fastest. A pair,
   // which has half as many pages on their way for as much memory, brings those of a long part into
-  // L2 one page ahead, and asks L2 to let them go once they are loaded.
+  // L2 one page ahead, but for an item's first and one in 32, whose numbers no lane holds yet, and
+  // asks L2 to let them go once they are loaded.
   __device__ void load_pages() {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Part part = part_of(warp);
@@ -105,6 +106,7 @@ class Producer {
       const int32_t* table = table_of(item);
       int pages_ahead = lane < pages ? __ldg(table + lane) : 0;
       if (pages > 0 && warp == kRightWarp) {
+        // Equal to part.ring, but with numbers that the compiler knows: else a register spills.
         const Ring right(kLeftBuffers, kRightBuffers, part.ring.position());
         if (lane == 0 && !first) load_right_query(item, right);
         part.ring.advance();

@@ -211,7 +211,7 @@ struct KernelParams {
       row_width;  // numbers that the rows of a query token have; the first heads_per_kv are rows
   int32_t rows;   // s_q * row_width
   Divider map_width;    // of the rows along the query map's axis of heads
-  bool prefetch_pages;  // a page is one run of memory, and one cluster reads it
+  bool prefetch_pages;  // a page is one run of memory, and one cluster reads it for a request
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
   std::byte* partials;  // [2 slots][CTAs] of kPartialBytes
