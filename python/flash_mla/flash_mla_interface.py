@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import Any
 
+import numpy
 import torch
 
 from . import _errors, _library
@@ -152,7 +153,7 @@ def flash_mla_with_kvcache(
     elif type(softmax_scale) is not float or not math.isfinite(softmax_scale):
         softmax_scale = _checked_scale(softmax_scale)
     if type(causal) is not bool:
-        raise TypeError(f"{_FUNCTION}: causal is {type(causal).__name__}, wanted a bool")
+        causal = _checked_causal(causal)
 
     plan, splits, is_first_call = _metadata.tensors_of(
         _FUNCTION, tile_scheduler_metadata, num_splits
@@ -200,6 +201,12 @@ def _refuse(**arguments: Any) -> None:
             raise _errors.unsupported(
                 _FUNCTION, f"{name}={value}" if isinstance(value, (bool, str)) else name
             )
+
+
+def _checked_causal(value: Any) -> bool:
+    if isinstance(value, numpy.bool_):
+        return bool(value)
+    raise TypeError(f"{_FUNCTION}: causal is {type(value).__name__}, wanted a bool")
 
 
 def _checked_scale(value: Any) -> float:

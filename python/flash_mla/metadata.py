@@ -8,6 +8,7 @@ for other lengths never gives a wrong answer.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import torch
@@ -107,11 +108,12 @@ def _plan_tensors(
         ("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
         ("num_heads_k", num_heads_k),
     ):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{function}: {name} is {type(value).__name__}, wanted an int")
         if value < 1:
             raise ValueError(f"{function}: {name} = {value}, wanted 1 or more")
-    h_q = num_q_tokens_per_head_k * num_heads_k
+    num_heads_k = int(num_heads_k)
+    h_q = int(num_q_tokens_per_head_k) * num_heads_k
     if h_q >= 2**31:
         raise ValueError(
             f"{function}: num_q_tokens_per_head_k * num_heads_k = {h_q}, wanted less than 2 ** 31"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy
 import pytest
 import torch
 from reference import Case, make_inputs
@@ -405,6 +406,19 @@ def test_metadata(device: str, name: str) -> None:
     make, exception, text = METADATA_ERRORS[name]
     with pytest.raises(exception, match=re.escape(text)):
         get_mla_metadata(*make(int32(2, device=device)))
+
+
+def test_numbers_of_numpy() -> None:
+    good = arguments("cpu")
+    metadata, num_splits = get_mla_metadata(
+        good["cache_seqlens"], numpy.int64(S_Q * H_Q), numpy.int32(1)
+    )
+    given = {**good, "tile_scheduler_metadata": metadata, "num_splits": num_splits}
+    wanted = flash_mla_with_kvcache(**good)
+    got = flash_mla_with_kvcache(
+        **{**given, "causal": numpy.bool_(True), "softmax_scale": numpy.float64(576**-0.5)}
+    )
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))
 
 
 def test_metadata_names() -> None:
