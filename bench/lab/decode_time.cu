@@ -8,7 +8,8 @@
 //   decode_time chain CASE [CTA]                   what a page's scores and softmax take, and the
 //                                                  step from there to the next page's scores
 //
-// CASE is b,s_q,h_q,s_kv; a v after it stands for random lengths of that mean. README.md has more.
+// CASE is b,s_q,h_q,s_kv; a v after it stands for random lengths of that mean, an s and a number
+// for so many tokens at the begin that all requests share, pages and all. README.md has more.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -81,12 +82,13 @@ void flush_l2(cudaStream_t stream) {
 }
 
 struct Case {
-  int b, s_q, h_q, s_kv;
+  int b, s_q, h_q, s_kv, shared = 0;
   bool random;
   explicit Case(const char* text) {
     char v = 0;
     if (std::sscanf(text, "%d,%d,%d,%d%c", &b, &s_q, &h_q, &s_kv, &v) < 4) fail("bad case");
     random = v == 'v';
+    if (const char* s = std::strchr(text, 's')) shared = std::atoi(s + 1);
   }
   void* trace() const { return s_q * h_q > 64 ? lab_trace_bf16_pair() : lab_trace_bf16_single(); }
 };
@@ -108,6 +110,10 @@ class Decode {
     std::vector<int> table(pages);
     for (int i = 0; i < pages; ++i) table[i] = i;
     std::shuffle(table.begin(), table.end(), generator);
+    const int64_t shared_pages = std::min<int64_t>(c.shared / kPage, max_pages);
+    for (int i = 1; i < c.b; ++i) {
+      std::copy_n(table.begin(), shared_pages, table.begin() + i * max_pages);
+    }
 
     const int64_t rows = int64_t{c.b} * c.s_q * c.h_q;
     auto* q = values(rows * kLine, 1);
@@ -172,6 +178,7 @@ void print_rates(const Case& c, double tokens, double us) {
   std::printf("b %3d s_q %d h_q %3d s_kv %6d%s %8.1f us %5.0f TFLOPS %5.0f GB/s %5.0f MHz", c.b,
               c.s_q, c.h_q, c.s_kv, c.random ? "v" : " ", us, flops / us / 1e6, bytes / us / 1e3,
               clock_rate(c.trace()));
+  if (c.shared > 0) std::printf(", %d tokens shared, counted for each request", c.shared);
 }
 
 cudaGraphExec_t capture(Decode& call, cudaStream_t stream) {
