@@ -468,6 +468,33 @@ INSTANTIATE_TEST_SUITE_P(
         DecodeCase{.name = "teams", .s_q = 17, .h_q = 12, .lengths = {500, 16}, .causal = true}),
     case_name);
 
+// Parts so long that their pages come to L2 ahead: each request's page again and again, which
+// leaves the output as it is and adds the logarithm of their number to lse. Too long for the
+// sanitizers that follow every access to shared memory.
+TEST(GpuMemcheck, LongPartsOfRepeatedPages) {
+  SKIP_WITHOUT_GPU();
+  constexpr std::int64_t kRequests = 66, kRepeats = 130;
+  const std::vector<std::int32_t> one_page(kRequests, 64);
+  GpuRun run({.name = "repeated", .h_q = 128, .lengths = one_page, .deviation = 0.1});
+  const std::vector<double> pages = run.problem.block_table.values();
+  const std::int64_t columns = run.args.block_table.shape[1];
+  std::vector<double> repeated;
+  for (std::int64_t i = 0; i < kRequests; ++i) {
+    repeated.insert(repeated.end(), kRepeats, pages[i * columns]);
+  }
+  TestTensor table(DType::kInt32, {kRequests, kRepeats}), lengths(DType::kInt32, {kRequests});
+  table.set_all(repeated);
+  lengths.set_all(std::vector<double>(kRequests, kRepeats * 64));
+  run.args.block_table = run.place.put(table);
+  run.args.cache_seqlens = run.place.put(lengths);
+  ASSERT_OK(run.run());
+  run.finish();
+  std::vector<double> lse = run.problem.lse.values();
+  for (double& x : lse) x -= std::log(static_cast<double>(kRepeats));
+  run.problem.lse.set_all(lse);
+  run.problem.check_result();
+}
+
 TEST(GpuSanitizedCache, AppendMergeValidate) {
   SKIP_WITHOUT_GPU();
   Stream stream;
