@@ -7,8 +7,8 @@
 Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and appendix C. The model's own module makes the
 queries (with its RoPE), calls the cache, then `expand_kv`, then the attention function that its
 config names. So two attributes of the module are replaced: `expand_kv`, which passes latents of
-ours on as they are, and `config`, which names our function for that one call; and the norms get a
-shorter way (norms.py).
+ours on as they are, and `config`, which names our function for that one call; and the norms and
+RoPE get a shorter way (norms.py, rope.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import flash_mla
 
-from . import norms
+from . import norms, rope
 from .cache import D_LATENT, D_ROPE, LatentLayer
 from .static import is_pages
 from .weights import AbsorbedWeights
@@ -93,10 +93,12 @@ def attach(module: nn.Module, layer: AbsorbedLayer) -> None:
     module.config = LayerConfig(module.config)
     module.expand_kv = types.MethodType(_expand_kv, module)
     norms.attach(module, layer)
+    rope.attach(module)
 
 
 def detach(module: nn.Module) -> None:
     """Takes back what `attach` did."""
+    rope.detach(module)
     norms.detach(module)
     module.config = module.config._flash_mla_config
     del module.expand_kv, module._flash_mla
