@@ -1,6 +1,5 @@
-// The GPU backend against the reference and the CPU backend, and what it promises besides. Every
-// test skips, and says why, where there is no Hopper GPU. GpuSanitized is the small subset that
-// compute-sanitizer runs.
+// The GPU backend's decodes against the reference and the CPU backend, and what it promises
+// besides. Every test skips, and says why, where there is no Hopper GPU.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,88 +7,13 @@
 #include <cstring>
 #include <random>
 
-#include "cache_problem.h"
 #include "decode_problem.h"
 #include "flash_mla/backend.h"
 #include "gpu_place.h"
+#include "gpu_run.h"
 
 namespace flash_mla::test {
 namespace {
-
-#define SKIP_WITHOUT_GPU()                                                   \
-  if (const std::string why = why_no_gpu(); !why.empty()) {                  \
-    GTEST_SKIP() << "SKIPPED, NOT TESTED: no Hopper GPU to run on: " << why; \
-  }
-
-#define ASSERT_OK(expression)                       \
-  do {                                              \
-    const Status status_ = (expression);            \
-    ASSERT_TRUE(status_.ok()) << status_.message(); \
-  } while (false)
-
-std::string case_name(const testing::TestParamInfo<DecodeCase>& info) { return info.param.name; }
-
-const DecodeCase kUneven = {
-    .name = "uneven", .s_q = 2, .h_q = 12, .lengths = {3000, 1, 64, 0, 700}, .causal = true};
-const DecodeCase kUnevenTurned = {
-    .name = "uneven_turned", .s_q = 2, .h_q = 12, .lengths = {64, 3000, 700, 1, 0}, .causal = true};
-
-// A problem on the GPU with its workspace and stream.
-struct GpuRun {
-  explicit GpuRun(const DecodeCase& decode_case, std::uint32_t seed = 1)
-      : problem(decode_case, seed), args(problem.args(std::move(place))), workspace(args) {}
-
-  [[nodiscard]] Status run(const DecodePlan* plan = nullptr) {
-    return decode(args, plan, workspace.get(), stream.get());
-  }
-  // Brings the results here.
-  void finish() {
-    stream.synchronize();
-    place.take_back(problem.out);
-    place.take_back(problem.lse);
-  }
-  void check_result() {
-    finish();
-    problem.check_result();
-    EXPECT_TRUE(workspace.intact()) << "counters changed, or written outside the workspace";
-  }
-  // Result bytes, out then lse.
-  [[nodiscard]] std::vector<std::byte> result() {
-    finish();
-    std::vector<std::byte> bytes(problem.out.storage().begin(), problem.out.storage().end());
-    bytes.insert(bytes.end(), problem.lse.storage().begin(), problem.lse.storage().end());
-    return bytes;
-  }
-  void clear_outputs() {
-    problem.clear_outputs();
-    place.put(problem.out);
-    place.put(problem.lse);
-  }
-
-  GpuPlace place;
-  DecodeProblem problem;
-  DecodeArgs args;
-  GpuWorkspace workspace;
-  Stream stream;
-};
-
-// A plan's tensors on the GPU.
-struct GpuPlan {
-  GpuPlan(GpuRun& run, std::int64_t rows)
-      : metadata(DType::kInt32, {rows, kPlanRowInts}),
-        num_splits(DType::kInt32, {run.args.q.shape[0] + 1}),
-        plan{run.place.put(metadata), run.place.put(num_splits)} {}
-
-  TestTensor metadata, num_splits;
-  DecodePlan plan;
-};
-
-std::int32_t plan_rows(const DecodeArgs& args) {
-  std::int32_t rows = 0;
-  const Status status = plan_size(args, &rows);
-  EXPECT_TRUE(status.ok()) << status.message();
-  return rows;
-}
 
 class GpuDecode : public testing::TestWithParam<DecodeCase> {};
 
@@ -357,153 +281,6 @@ TEST(GpuPromises, RefusedCallsLeaveNothingBehind) {
   EXPECT_EQ(run.run(&long_plan.plan).code(), StatusCode::kInvalidArgument);
   ASSERT_OK(run.run());
   run.check_result();
-}
-
-void check_validate() {
-  GpuRun run(kUneven);
-  run.args.validate = true;
-  ASSERT_OK(run.run());
-  run.check_result();
-
-  const DecodeCase small = {.name = "small", .h_q = 2, .lengths = {100, 128}};
-  for (const std::int32_t length : {-1, 5 * 64 + 1}) {
-    GpuRun bad(small);
-    bad.args.validate = true;
-    bad.problem.cache_seqlens.set(1, length);
-    bad.place.put(bad.problem.cache_seqlens);
-    const Status status = bad.run();
-    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
-    EXPECT_EQ(std::string(status.message()),
-              "decode: cache_seqlens[1] = " + std::to_string(length) +
-                  ", wanted 0 .. 320 (max_pages * page_size)");
-    bad.finish();
-    EXPECT_TRUE(bad.problem.out.never_written() && bad.problem.lse.never_written());
-  }
-  GpuRun bad(small);
-  bad.args.validate = true;
-  bad.problem.block_table.set(bad.problem.reference.max_pages + 1, 2147480000);
-  bad.place.put(bad.problem.block_table);
-  const Status status = bad.run();
-  EXPECT_EQ(std::string(status.message()),
-            "decode: block_table[1, 1] = 2147480000, wanted 0 .. num_pages - 1 = 5");
-  bad.finish();
-  EXPECT_TRUE(bad.problem.out.never_written() && bad.problem.lse.never_written());
-}
-
-TEST(GpuValidate, FindsBadContents) {
-  SKIP_WITHOUT_GPU();
-  check_validate();
-}
-
-TEST(GpuValidate, RefusedUnderCapture) {
-  SKIP_WITHOUT_GPU();
-  GpuRun run(kUneven);
-  run.args.validate = true;
-  Status refused;
-  Graph graph(run.stream, [&] { refused = run.run(); });
-  EXPECT_EQ(refused.code(), StatusCode::kInvalidArgument) << refused.message();
-  run.args.validate = false;
-  ASSERT_OK(run.run());
-  run.check_result();
-}
-
-TEST(GpuCache, AppendMatchesReference) {
-  SKIP_WITHOUT_GPU();
-  Stream stream;
-  const std::vector<AppendCase> cases = append_cases();
-  for (std::size_t i = 0; i < cases.size(); ++i) {
-    SCOPED_TRACE(i);
-    GpuPlace place;
-    check_append(cases[i], place, stream.get(), [&] { stream.synchronize(); });
-  }
-}
-
-TEST(GpuCache, AppendSkipsSlotsPastTheCache) {
-  SKIP_WITHOUT_GPU();
-  GpuPlace place;
-  Stream stream;
-  TestTensor kv_c(DType::kBf16, {2, 512}), k_pe(DType::kBf16, {2, 64});
-  TestTensor kv_cache(DType::kBf16, {2, 64, 576}), slots(DType::kInt64, {2});
-  slots.set_all({128, 1e15});
-  ASSERT_OK(append_kv({place.put(kv_c), place.put(k_pe), place.put(kv_cache), place.put(slots)},
-                      stream.get()));
-  stream.synchronize();
-  place.take_back(kv_cache);
-  EXPECT_TRUE(kv_cache.never_written());
-}
-
-TEST(GpuCache, MergeMatchesReference) {
-  SKIP_WITHOUT_GPU();
-  Stream stream;
-  const std::vector<MergeCase> cases = merge_cases();
-  for (std::size_t i = 0; i < cases.size(); ++i) {
-    SCOPED_TRACE(i);
-    GpuPlace place;
-    check_merge(cases[i], place, stream.get(), [&] { stream.synchronize(); });
-  }
-}
-
-class GpuSanitized : public testing::TestWithParam<DecodeCase> {};
-
-TEST_P(GpuSanitized, Decode) {
-  SKIP_WITHOUT_GPU();
-  GpuRun run(GetParam());
-  GpuPlan plan(run, plan_rows(run.args));
-  ASSERT_OK(plan_decode(run.args, plan.plan, run.stream.get()));
-  ASSERT_OK(run.run(&plan.plan));
-  run.check_result();
-}
-
-INSTANTIATE_TEST_SUITE_P(
-    Cases, GpuSanitized,
-    testing::Values(
-        DecodeCase{.name = "split", .h_q = 16, .lengths = {1500, 1, 0, 70}},
-        DecodeCase{.name = "pair", .s_q = 2, .h_q = 65, .lengths = {400, 130}, .causal = true},
-        DecodeCase{.name = "fp16_strided",
-                   .dtype = DType::kFp16,
-                   .h_q = 6,
-                   .h_kv = 2,
-                   .lengths = {300, 64},
-                   .strided = true},
-        DecodeCase{.name = "teams", .s_q = 17, .h_q = 12, .lengths = {500, 16}, .causal = true}),
-    case_name);
-
-// Parts so long that their pages come to L2 ahead: each request's page again and again, which
-// leaves the output as it is and adds the logarithm of their number to lse. Too long for the
-// sanitizers that follow every access to shared memory.
-TEST(GpuMemcheck, LongPartsOfRepeatedPages) {
-  SKIP_WITHOUT_GPU();
-  constexpr std::int64_t kRequests = 66, kRepeats = 130;
-  const std::vector<std::int32_t> one_page(kRequests, 64);
-  GpuRun run({.name = "repeated", .h_q = 128, .lengths = one_page, .deviation = 0.1});
-  const std::vector<double> pages = run.problem.block_table.values();
-  const std::int64_t columns = run.args.block_table.shape[1];
-  std::vector<double> repeated;
-  for (std::int64_t i = 0; i < kRequests; ++i) {
-    repeated.insert(repeated.end(), kRepeats, pages[i * columns]);
-  }
-  TestTensor table(DType::kInt32, {kRequests, kRepeats}), lengths(DType::kInt32, {kRequests});
-  table.set_all(repeated);
-  lengths.set_all(std::vector<double>(kRequests, kRepeats * 64));
-  run.args.block_table = run.place.put(table);
-  run.args.cache_seqlens = run.place.put(lengths);
-  ASSERT_OK(run.run());
-  run.finish();
-  std::vector<double> lse = run.problem.lse.values();
-  for (double& x : lse) x -= std::log(static_cast<double>(kRepeats));
-  run.problem.lse.set_all(lse);
-  run.problem.check_result();
-}
-
-TEST(GpuSanitizedCache, AppendMergeValidate) {
-  SKIP_WITHOUT_GPU();
-  Stream stream;
-  for (const int i : {1, 2}) {
-    GpuPlace place;
-    check_append(append_cases()[i], place, stream.get(), [&] { stream.synchronize(); });
-    check_merge(merge_cases()[i], place, stream.get(), [&] { stream.synchronize(); });
-  }
-  check_validate();
 }
 
 }  // namespace
