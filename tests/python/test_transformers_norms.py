@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import build, forward, tokens
+from tiny_models import build, step
 from torch.nn import functional
 from transformers import DynamicCache
 
@@ -27,11 +27,6 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(functional, "rms_norm", rms_norm)
     return shapes
-
-
-def step(model, cache, n: int = 1) -> torch.Tensor:
-    with torch.no_grad():
-        return forward(model, tokens(2, n), cache).logits
 
 
 def norms_of(model) -> list[torch.nn.Module]:

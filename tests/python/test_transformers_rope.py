@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 
 import pytest
 import torch
-from tiny_models import build, forward, tokens
+from tiny_models import build, step
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
@@ -39,17 +40,12 @@ class Products(TorchDispatchMode):
         return result
 
 
-def step(model, cache, n: int = 1) -> torch.Tensor:
-    with torch.no_grad():
-        return forward(model, tokens(2, n), cache).logits
-
-
 def functions() -> list:
     return [getattr(modeling_deepseek_v3, name) for name in rope._NAMES]
 
 
 def are_ours() -> list[bool]:
-    return [hasattr(function, "_flash_mla_users") for function in functions()]
+    return [function in rope._users for function in functions()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,6 +107,20 @@ def test_a_function_that_treats_the_key_otherwise_stays(monkeypatch) -> None:
     hf.enable(model)
     assert modeling_deepseek_v3.apply_rotary_pos_emb is other
     hf.disable(model)
+
+
+def test_what_others_make_of_it_is_theirs(monkeypatch) -> None:
+    model = build("deepseek_v3")
+    hf.enable(model)
+    ours = modeling_deepseek_v3.apply_rotary_pos_emb
+
+    @functools.wraps(ours)
+    def theirs(*args):
+        return ours(*args)
+
+    monkeypatch.setattr(modeling_deepseek_v3, "apply_rotary_pos_emb", theirs)
+    hf.disable(model)
+    assert modeling_deepseek_v3.apply_rotary_pos_emb is theirs
 
 
 def test_many_tokens_and_gradients_go_one_by_one(monkeypatch) -> None:

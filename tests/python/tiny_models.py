@@ -224,6 +224,12 @@ def forward(model: Any, ids: torch.Tensor, cache: Any, mask: Any = None, **optio
     return model(input_ids=ids, attention_mask=mask, **{cache_name(): cache}, **options)
 
 
+def step(model: Any, cache: Any, n: int = 1) -> torch.Tensor:
+    """Logits of a call with n tokens for each of two rows, without gradients."""
+    with torch.no_grad():
+        return forward(model, tokens(2, n), cache).logits
+
+
 def cache_name() -> str:
     """What the model's argument for a cache is called: another name since Transformers 5.19."""
     parameters = transformers.DeepseekV3ForCausalLM.forward

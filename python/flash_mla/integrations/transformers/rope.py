@@ -24,24 +24,28 @@ from .cache import D_ROPE
 _NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 # Of a call, all rows together. With more the copy would take longer than the launches that it spares.
 _MOST_TOKENS = 256
+# Functions that stand in for a model's, and the modules that they do it for. Not an attribute of the function, which functools.wraps
+# would hand on to what somebody else makes of it.
+_users: weakref.WeakKeyDictionary[Callable, weakref.WeakSet[nn.Module]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def attach(module: nn.Module) -> None:
     """Of an attention module's RoPE functions those that rotate all heads alike."""
     for space, name in _functions(module):
-        function = space[name]
-        if not hasattr(function, "_flash_mla_users"):
-            if not _is_known(function):
+        if space[name] not in _users:
+            if not _is_known(space[name]):
                 continue
-            function = space[name] = _joining(function)
-        function._flash_mla_users.add(module)
+            space[name] = _joining(space[name])
+        _users[space[name]].add(module)
 
 
 def detach(module: nn.Module) -> None:
     """Takes back what `attach` did, with the last module of those that it did it for."""
     for space, name in _functions(module):
-        users = getattr(space[name], "_flash_mla_users", None)
-        if users is not None:
+        if space[name] in _users:
+            users = _users[space[name]]
             users.discard(module)
             if not users:
                 space[name] = space[name].__wrapped__
@@ -62,7 +66,7 @@ def _joining(function: Callable) -> Callable:
             return function(*args, **kwargs)
         return _join(function, *args)
 
-    rotate._flash_mla_users = weakref.WeakSet()
+    _users[rotate] = weakref.WeakSet()
     return rotate
 
 
