@@ -4,8 +4,8 @@ Each suite runs on its own in under ten minutes and its result is written at onc
 `--suite NAME` runs that suite alone, and what other suites found on the same GPU code stays in the ledger.
 
 Suites: python (tests/python on cuda), cpp (the GoogleTest program), and compute-sanitizer's memcheck, racecheck, synccheck and
-initcheck over the named subset SANITIZED of the C++ tests, memcheck over one more. A report that is a false positive is suppressed, with its reason, in
-tests/sanitizer/TOOL.supp.xml; none is ignored.
+initcheck over the named subset SANITIZED of the C++ tests, memcheck over one more. A report that is a false positive is suppressed,
+with its reason, in tests/sanitizer/TOOL.supp.xml; none is ignored.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SANITIZER_OPTIONS = {"synccheck": ["--num-cuda-barriers", "16384"]}
 TIME_LIMIT = 590  # seconds a suite may take
 GPU_TESTS = "*Gpu*"
 SANITIZED = "*GpuSanitized*"
-# Besides: too long for the tools that follow every access to shared memory.
-SANITIZED_BY = {"memcheck": "*GpuMemcheck*"}
+# More for a tool; too long for those that follow every access to shared memory.
+SANITIZED_TOO = {"memcheck": ":*GpuMemcheck*"}
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
 
@@ -93,7 +93,7 @@ def run_sanitizer(tool, build, binary):
     suppressions = ROOT / "tests/sanitizer" / f"{tool}.supp.xml"
     if suppressions.exists():
         options += ["--suppressions", suppressions]
-    tests = ":".join(filter(None, (SANITIZED, SANITIZED_BY.get(tool))))
+    tests = SANITIZED + SANITIZED_TOO.get(tool, "")
     test = [binary, f"--gtest_filter={tests}", f"--gtest_output=xml:{report}"]
     output, counts = run([sanitizer, *options, *test], report)
     summaries = SUMMARY.findall(output)

@@ -374,8 +374,6 @@ void print_stats(const Case& c) {
   }
 }
 
-}  // namespace
-
 // Of the score warpgroup's pages; best of a kernel that notes nothing else (probe.py --chain).
 void print_chain(const Case& c, int cta) {
   enum { kSoftmax, kStep, kScores, kPage, kSpans };
@@ -402,6 +400,8 @@ void print_chain(const Case& c, int cta) {
   }
   std::printf("\n");
 }
+
+}  // namespace
 
 int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";

@@ -3,6 +3,9 @@
 // from the reference.
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -39,5 +42,17 @@ struct MergeCase {
 std::vector<MergeCase> merge_cases();
 void check_merge(const MergeCase& merge_case, Place& place, StreamHandle stream,
                  const std::function<void()>& synchronize);
+
+// Each case in a place of its own.
+template <typename AnyPlace, typename Case>
+void check_each(const std::vector<Case>& cases,
+                void (*check)(const Case&, Place&, StreamHandle, const std::function<void()>&),
+                StreamHandle stream, const std::function<void()>& synchronize) {
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(i);
+    AnyPlace place;
+    check(cases[i], place, stream, synchronize);
+  }
+}
 
 }  // namespace flash_mla::test

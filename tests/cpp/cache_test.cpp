@@ -11,11 +11,7 @@ void no_wait() {}
 TEST(CpuAppend, MatchesReference) {
   std::vector<AppendCase> cases = append_cases();
   cases.push_back({DType::kFp32, 64, 3, true, true, {100, 3, -1, 65}});
-  for (std::size_t i = 0; i < cases.size(); ++i) {
-    SCOPED_TRACE(i);
-    HostPlace place;
-    check_append(cases[i], place, nullptr, no_wait);
-  }
+  check_each<HostPlace>(cases, check_append, nullptr, no_wait);
 }
 
 TEST(CpuAppend, LaterOfTwoEqualSlotsStays) {
@@ -47,12 +43,7 @@ TEST(CpuAppend, SlotPastTheCacheWritesNothing) {
 }
 
 TEST(CpuMerge, MatchesReference) {
-  const std::vector<MergeCase> cases = merge_cases();
-  for (std::size_t i = 0; i < cases.size(); ++i) {
-    SCOPED_TRACE(i);
-    HostPlace place;
-    check_merge(cases[i], place, nullptr, no_wait);
-  }
+  check_each<HostPlace>(merge_cases(), check_merge, nullptr, no_wait);
 }
 
 }  // namespace

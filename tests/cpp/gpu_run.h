@@ -30,8 +30,6 @@ inline std::string case_name(const testing::TestParamInfo<DecodeCase>& info) {
 
 inline const DecodeCase kUneven = {
     .name = "uneven", .s_q = 2, .h_q = 12, .lengths = {3000, 1, 64, 0, 700}, .causal = true};
-inline const DecodeCase kUnevenTurned = {
-    .name = "uneven_turned", .s_q = 2, .h_q = 12, .lengths = {64, 3000, 700, 1, 0}, .causal = true};
 
 // A problem on the GPU with its workspace and stream.
 struct GpuRun {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <vector>
 
 #include "cache_problem.h"
 #include "decode_problem.h"
@@ -61,15 +62,15 @@ TEST(GpuValidate, RefusedUnderCapture) {
   run.check_result();
 }
 
+template <typename Cases, typename Check>
+void check_on_gpu(const Cases& cases, Check check) {
+  Stream stream;
+  check_each<GpuPlace>(cases, check, stream.get(), [&] { stream.synchronize(); });
+}
+
 TEST(GpuCache, AppendMatchesReference) {
   SKIP_WITHOUT_GPU();
-  Stream stream;
-  const std::vector<AppendCase> cases = append_cases();
-  for (std::size_t i = 0; i < cases.size(); ++i) {
-    SCOPED_TRACE(i);
-    GpuPlace place;
-    check_append(cases[i], place, stream.get(), [&] { stream.synchronize(); });
-  }
+  check_on_gpu(append_cases(), check_append);
 }
 
 TEST(GpuCache, AppendSkipsSlotsPastTheCache) {
@@ -88,13 +89,7 @@ TEST(GpuCache, AppendSkipsSlotsPastTheCache) {
 
 TEST(GpuCache, MergeMatchesReference) {
   SKIP_WITHOUT_GPU();
-  Stream stream;
-  const std::vector<MergeCase> cases = merge_cases();
-  for (std::size_t i = 0; i < cases.size(); ++i) {
-    SCOPED_TRACE(i);
-    GpuPlace place;
-    check_merge(cases[i], place, stream.get(), [&] { stream.synchronize(); });
-  }
+  check_on_gpu(merge_cases(), check_merge);
 }
 
 class GpuSanitized : public testing::TestWithParam<DecodeCase> {};
@@ -151,12 +146,10 @@ TEST(GpuMemcheck, LongPartsOfRepeatedPages) {
 
 TEST(GpuSanitizedCache, AppendMergeValidate) {
   SKIP_WITHOUT_GPU();
-  Stream stream;
-  for (const int i : {1, 2}) {
-    GpuPlace place;
-    check_append(append_cases()[i], place, stream.get(), [&] { stream.synchronize(); });
-    check_merge(merge_cases()[i], place, stream.get(), [&] { stream.synchronize(); });
-  }
+  const std::vector<AppendCase> appends = append_cases();
+  const std::vector<MergeCase> merges = merge_cases();
+  check_on_gpu(std::vector{appends[1], appends[2]}, check_append);
+  check_on_gpu(std::vector{merges[1], merges[2]}, check_merge);
   check_validate();
 }
 

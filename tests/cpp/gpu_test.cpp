@@ -15,6 +15,9 @@
 namespace flash_mla::test {
 namespace {
 
+const DecodeCase kUnevenTurned = {
+    .name = "uneven_turned", .s_q = 2, .h_q = 12, .lengths = {64, 3000, 700, 1, 0}, .causal = true};
+
 class GpuDecode : public testing::TestWithParam<DecodeCase> {};
 
 TEST_P(GpuDecode, MatchesReference) {
