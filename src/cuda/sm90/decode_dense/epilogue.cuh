@@ -11,6 +11,11 @@ __device__ __forceinline__ float inverse_or_zero(float sum) {
   return sum == 0.f ? 0.f : __fdividef(1.f, sum);
 }
 
+// 1 / x of a power of two whose inverse is a normal number, too.
+__device__ __forceinline__ float inverse_of_power(float x) {
+  return __int_as_float((254 << 23) - __float_as_int(x));
+}
+
 // Places of the tile's rows in out and lse.
 template <typename Element>
 struct Rows {
@@ -45,13 +50,13 @@ struct Rows {
 };
 
 // Partial results of a CTA: slot 0 for pieces 1.. of an item, slot 1 for piece 0.
-__device__ __forceinline__ float* partial_output(const KernelParams& params, int cta, int slot) {
-  return reinterpret_cast<float*>(
-      params.partials +
-      static_cast<int64_t>(slot * static_cast<int>(ptx::cta_count()) + cta) * kPartialBytes);
+__device__ __forceinline__ std::byte* partial_output(const KernelParams& params, int cta,
+                                                     int slot) {
+  return params.partials +
+         static_cast<int64_t>(slot * static_cast<int>(ptx::cta_count()) + cta) * kPartialBytes;
 }
-__device__ __forceinline__ RowState* partial_rows(float* output) {
-  return reinterpret_cast<RowState*>(output + kPartialFloats);
+__device__ __forceinline__ PartialState* partial_states(std::byte* partial) {
+  return reinterpret_cast<PartialState*>(partial + kPartialStates);
 }
 
 template <typename T>
@@ -63,7 +68,7 @@ struct Epilogue {
   // Writes the item's rows of out and lse; of two pieces, with the other one's partial result,
   // `other`, added, else null. Both ways round that sum is the same, bit for bit: its products and
   // the sum are rounded one by one.
-  __device__ __forceinline__ void store_output(const WorkItem& item, const float* other) const {
+  __device__ __forceinline__ void store_output(const WorkItem& item, std::byte* other) const {
     const Rows<Element> rows{params, item};
     const int warpgroup = ptx::thread_index() / kWarpgroup, lane = lane_index(), row = row_index();
     if (row / 16 * 16 >= item.rows) return;
@@ -73,14 +78,12 @@ struct Epilogue {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const RowState own = output.state[h];
-      float2 state = {kNoMaximum, 0.f};
-      if (other != nullptr) {
-        state = reinterpret_cast<const float2*>(other + kPartialFloats)[row + 8 * h];
-      }
-      const float top = fmaxf(own.max, state.x);
+      RowState state = {kNoMaximum, 0.f};
+      if (other != nullptr) state = partial_states(other)[row + 8 * h].row;
+      const float top = fmaxf(own.max, state.max);
       own_weight[h] = ptx::exp2_approx(own.max - top);
-      other_weight[h] = ptx::exp2_approx(state.x - top);
-      const float sum = weighted(own_weight[h], own.sum, other_weight[h], state.y);
+      other_weight[h] = ptx::exp2_approx(state.max - top);
+      const float sum = weighted(own_weight[h], own.sum, other_weight[h], state.sum);
       const auto place = rows.place(row + 8 * h);
       if (warpgroup == 0 && lane % 4 == 0) rows.store_lse(place, {top, sum});
       own_weight[h] *= inverse_or_zero(sum);
@@ -93,7 +96,7 @@ struct Epilogue {
                               : nullptr;
     }
     const float4* source = reinterpret_cast<const float4*>(other) +
-                           (row / 16 * kUnitsPerRowWarp + warpgroup) * 32 + lane;
+                           (row / 16 * kUnitsPerRowWarp<false> + warpgroup) * 32 + lane;
     constexpr int kTiles = 4;
 #pragma unroll
     for (int tile = 0; tile < 32; tile += kTiles) {
@@ -134,23 +137,66 @@ struct Epilogue {
   }
 
   // Every store of a warp is a unit; warps without a row store nothing.
+  template <bool kPacked>
   __device__ __forceinline__ void store_partial(const WorkItem& item) const {
     const int row = row_index(), lane = lane_index(), row_warp = row / 16;
     if (row_warp * 16 >= item.rows) return;
     const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);
-    float* partial =
+    std::byte* partial =
         partial_output(params, static_cast<int>(ptx::cta_index()), item.piece_index == 0);
-    if (side == 0 && lane % 4 == 0) {
-      partial_rows(partial)[row] = output.state[0];
-      partial_rows(partial)[row + 8] = output.state[1];
-    }
-    float4* target =
-        reinterpret_cast<float4*>(partial) + (row_warp * kUnitsPerRowWarp + side) * 32 + lane;
+    auto* target = reinterpret_cast<uint4*>(partial) +
+                   (row_warp * kUnitsPerRowWarp<kPacked> + side) * 32 + lane;
+    if constexpr (kPacked) {
+      float scale[2];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      __stcg(target + i * 64, float4{output.at(4 * i), output.at(4 * i + 1), output.at(4 * i + 2),
-                                     output.at(4 * i + 3)});
+      for (int h = 0; h < 2; ++h) {
+        scale[h] = scale_of(h);
+        if (lane % 4 == 0) {
+          PartialState& state = partial_states(partial)[row + 8 * h];
+          if (side == 0) state.row = output.state[h];
+          state.scale[side] = inverse_of_power(scale[h]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        uint32_t word[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          word[j] = pack<__half>(scale[j % 2] * output.at(8 * i + 2 * j),
+                                 scale[j % 2] * output.at(8 * i + 2 * j + 1));
+        }
+        __stcg(target + i * 64, uint4{word[0], word[1], word[2], word[3]});
+      }
+    } else {
+      if (side == 0 && lane % 4 == 0) {
+        partial_states(partial)[row].row = output.state[0];
+        partial_states(partial)[row + 8].row = output.state[1];
+      }
+#pragma unroll
+      for (int i = 0; i < 32; ++i) {
+        __stcg(reinterpret_cast<float4*>(target) + i * 64,
+               float4{output.at(4 * i), output.at(4 * i + 1), output.at(4 * i + 2),
+                      output.at(4 * i + 3)});
+      }
     }
+  }
+
+ private:
+  // The power of two that brings the largest value of a row in this warpgroup's half to between
+  // 2^14 and 2^15; 1 if that is an infinity.
+  __device__ __forceinline__ float scale_of(int h) const {
+    float most[4] = {};  // four chains
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      most[i % 4] = fmaxf(most[i % 4], fabsf(output.at(i / 2 * 4 + 2 * h + i % 2)));
+    }
+    float top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    constexpr int kBias = 127, kTarget = 14, kInfinity = 255, kLeast = 40;
+    const int exponent = __float_as_int(top) >> 23;
+    if (exponent == kInfinity) return 1.f;
+    return __int_as_float((2 * kBias + kTarget - max(exponent, kLeast)) << 23);
   }
 };
 

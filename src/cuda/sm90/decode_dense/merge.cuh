@@ -19,6 +19,8 @@
 // found.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include "cuda/sm90/decode_dense/epilogue.cuh"
 
 namespace flash_mla::cuda::decode_dense {
@@ -39,18 +41,16 @@ struct Merger {
   // writes the result, or a partial one, and merges the tile if that is all it waited for.
   __device__ __forceinline__ void put_out(const WorkItem& item, const Output<T>& output, Ring at) {
     const Epilogue<T> epilogue{output, params};
-    if (item.piece_count > 2) {
-      epilogue.store_partial(item);
-      arrive(item);
-      return;
-    }
-    if (item.piece_count == 2) {
-      bool last = other_arrived(item);
-      if (!last) {
-        epilogue.store_partial(item);
-        last = arrive_second(item);
+    const bool many = item.piece_count > 2;
+    const bool complete = item.piece_count == 1 || (!many && other_arrived(item));
+    if (!complete) {
+      if (many && packed(item)) {
+        epilogue.template store_partial<true>(item);
+      } else {
+        epilogue.template store_partial<false>(item);
       }
-      if (!last) return;
+      if (many) arrive(item);
+      if (many || !arrive_second(item)) return;
     }
     epilogue.store_output(item, item.piece_count == 2 ? other_piece(item, at) : nullptr);
   }
@@ -89,19 +89,19 @@ struct Merger {
     return shared.merge_ready;
   }
   // The other one of two pieces, in this CTA's shared memory if no pages come after this item's.
-  __device__ __forceinline__ const float* other_piece(const WorkItem& item, Ring at) {
-    float* other = piece(item, 1 - item.piece_index);
+  __device__ __forceinline__ std::byte* other_piece(const WorkItem& item, Ring at) {
+    std::byte* other = pieces_of(item)[1 - item.piece_index];
     at.advance();
     ptx::mbarrier_wait(&shared.barriers.item_full[at.slot()], at.phase());
     if (!shared.items[at.slot()].end || item.rows == 0) return other;
-    float* copy = reinterpret_cast<float*>(&shared);
+    std::byte* copy = reinterpret_cast<std::byte*>(&shared);
     if (ptx::thread_index() == 0) {
-      const int units = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp;
-      constexpr int kStateBytes = kTileRows * sizeof(RowState);
-      begin_copies(units * kUnitBytes + kStateBytes);
+      const int bytes = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<false> * kUnitBytes;
+      constexpr int kStateBytes = kPartialBytes - kPartialStates;
+      begin_copies(bytes + kStateBytes);
       ptx::fence_proxy_async_global();
-      copy_to_shared(copy, other, units * kUnitBytes);
-      copy_to_shared(copy + kPartialFloats, other + kPartialFloats, kStateBytes);
+      copy_to_shared(copy, other, bytes);
+      copy_to_shared(copy + kPartialStates, other + kPartialStates, kStateBytes);
     }
     wait_copies();
     return copy;
@@ -123,6 +123,10 @@ struct Merger {
     ptx::mbarrier_wait(&shared.merge_landed, phase);
     phase ^= 1;
   }
+
+  // Of more than two pieces: half the bytes where a tile's are many, and less code where they are
+  // few.
+  __device__ __forceinline__ static bool packed(const WorkItem& item) { return item.rows > 16; }
 
   // The partial result of one of more pieces is stored.
   __device__ __forceinline__ void arrive(const WorkItem& item) {
@@ -146,7 +150,14 @@ struct Merger {
     Counter before = 0;
     if (ptx::thread_index() == 0) before = wait_for_pieces(item);
     meet();
-    if (shared.merge_ready && item.rows > 0) merge(item, shared.merge_ready == kWhole);
+    if (shared.merge_ready && item.rows > 0) {
+      const bool whole = shared.merge_ready == kWhole;
+      if (packed(item)) {
+        merge<true>(item, whole);
+      } else {
+        merge<false>(item, whole);
+      }
+    }
     if ((before >> 32) + 1 == static_cast<Counter>(item.piece_count)) *counter(item) = 0;
     ptx::fence_proxy_async();
     meet();  // the next tile reuses merge_ready and the scratch
@@ -172,26 +183,54 @@ struct Merger {
     }
   }
 
+  // The partial results of a tile's rows.
+  struct Pieces {
+    std::byte* slot0;       // of the CTA that does piece 0
+    int32_t slot1, stride;  // bytes from there to its other slot, and to the next CTA's
+    int32_t count;
+    __device__ __forceinline__ std::byte* operator[](int k) const {
+      return slot0 + (k == 0 ? slot1 : k * stride);
+    }
+  };
+  __device__ __forceinline__ Pieces pieces_of(const WorkItem& item) const {
+    static_assert(2 * kMaxCtas * kPartialBytes < 1u << 31);
+    return {partial_output(params, cta_of(item, 0), 0),
+            static_cast<int32_t>(ptx::cta_count() * kPartialBytes),
+            static_cast<int32_t>(params.schedule.team * T::kCluster * kPartialBytes),
+            item.piece_count};
+  }
+
+  // n / divisor for 0 <= n < 2^16, 0 < divisor < 2^8 and a quotient below 2^12, in a few
+  // instructions: n + 0.5 is further from a multiple than the division errs.
+  __device__ __forceinline__ static int quotient(int n, int divisor) {
+    return static_cast<int>(__fdividef(static_cast<float>(n) + 0.5f, static_cast<float>(divisor)));
+  }
+
   // out = sum_k weight[k] partial[k] / total, weight[k] = 2^(max[k] - max). This CTA's share of the
   // tile is a run of units, the same in every piece. How the units are summed depends on the tile
-  // alone, and the order of the sums with it.
+  // alone, and the order of the sums with it. (The loops are short: a launch fetches its code from
+  // memory, and a short decode waits for it.)
+  template <bool kPacked>
   __device__ __forceinline__ void merge(const WorkItem& item, bool whole) {
-    const int units = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp;
-    const Divider pieces(item.piece_count);
-    const int begin = whole ? 0 : pieces.ceil_quotient(units * item.piece_index);
-    const int end = whole ? units : pieces.ceil_quotient(units * (item.piece_index + 1));
-    const int share = pieces.ceil_quotient(units);
+    const Pieces pieces = pieces_of(item);
+    const int units = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<kPacked>;
+    const auto share_begin = [&](int k) {
+      return quotient(units * k + pieces.count - 1, pieces.count);
+    };
+    const int begin = whole ? 0 : share_begin(item.piece_index);
+    const int end = whole ? units : share_begin(item.piece_index + 1);
+    const int share = share_begin(1);
     const bool few = share <= kFewUnits;
-    const int most = few ? share : pieces.quotient(kMergedUnits);  // units at once
+    const int most = few ? share : quotient(kMergedUnits, pieces.count);  // units at once
 #pragma unroll 1
     for (int first = begin; first < end;) {
       // Units of the same 16 rows.
-      const int row_warp = first / kUnitsPerRowWarp;
-      const int last = min(min(end, first + most), (row_warp + 1) * kUnitsPerRowWarp);
+      const int row_warp = first / kUnitsPerRowWarp<kPacked>;
+      const int last = min(min(end, first + most), (row_warp + 1) * kUnitsPerRowWarp<kPacked>);
       if (few) {
-        merge_few(item, row_warp, first, last - first, share - 1);
+        merge_few<kPacked>(item, pieces, row_warp, first, last - first, share - 1);
       } else {
-        merge_many(item, row_warp, first, last - first);
+        merge_many<kPacked>(item, pieces, row_warp, first, last - first);
       }
       first = last;
       if (first < end) {  // the scratch is overwritten
@@ -203,183 +242,207 @@ struct Merger {
 
   // In the buffers of pages and Q, no longer needed.
   static constexpr int kMergedUnits = 320;  // of all pieces together
+  // A share of more units is merge_many()'s; it has fewer pieces than kMaxPiecesOfMany.
+  static constexpr int kFewUnits = 2;
+  static constexpr int kMaxPiecesOfMany =
+      kTileRows / 16 * kUnitsPerRowWarp<true> / kFewUnits;
+  template <bool kPacked>
+  using Sum = float[4 * kUnitTiles<kPacked>];  // of a lane in a unit
   struct Scratch {
-    float4 values[kMergedUnits][32];  // [piece][unit]; of merge_few(): [warp]
-    float2 weights[kMaxPieces][8];    // of rows r, r + 8
-    float inverse[16];                // 1 / total
+    uint4 values[kMergedUnits][32];    // [piece][unit]; of merge_few(): [unit][piece]
+    Sum<true> sums[kWarps][32];        // of merge_few()
+    float2 weights[kMaxPieces][2][8];  // of rows r, r + 8; of their two halves, if packed
+    float inverse[16];                 // 1 / total
   };
   static_assert(sizeof(Scratch) <= offsetof(SharedStorage, q_end));
-  static_assert(kMergedUnits >= kMaxPieces && kMaxPieces <= kOutputThreads);
+  static_assert(kMergedUnits >= kFewUnits * kMaxPieces);
   __device__ __forceinline__ Scratch& scratch() const {
     return *reinterpret_cast<Scratch*>(&shared);
   }
 
   // Units first .. first + count - 1, all of the same 16 rows. A run of units is contiguous in
-  // every piece, so one copy brings it to shared memory; meanwhile the weights are worked out. (The
-  // loops are short: a launch fetches its code from memory, and a short decode waits for it.)
-  __device__ __forceinline__ void merge_many(const WorkItem& item, int row_warp, int first,
-                                             int count) {
+  // every piece, so one copy brings it to shared memory; meanwhile the weights are worked out.
+  template <bool kPacked>
+  __device__ __forceinline__ void merge_many(const WorkItem& item, const Pieces& pieces,
+                                             int row_warp, int first, int count) {
     Scratch& scratch = this->scratch();
     const int thread = static_cast<int>(ptx::thread_index()), warp = thread / 32,
               lane = thread % 32;
-    float2 state[kStates];
-    load_states(item, row_warp, state);
+    const States<kMaxPiecesOfMany> states(pieces, row_warp);
+    const Target target(*this, item, row_warp);
     if (lane == 0) {
-      if (warp == 0) begin_copies(item.piece_count * count * kUnitBytes);
+      if (warp == 0) begin_copies(pieces.count * count * kUnitBytes);
       ptx::fence_proxy_async_global();
 #pragma unroll 1
-      for (int k = warp; k < item.piece_count; k += kWarps) {
-        copy_to_shared(scratch.values[k * count],
-                       reinterpret_cast<const float4*>(piece(item, k)) + first * 32,
+      for (int k = warp; k < pieces.count; k += kWarps) {
+        copy_to_shared(scratch.values[k * count], pieces[k] + first * kUnitBytes,
                        count * kUnitBytes);
       }
     }
     __syncwarp();
-    weigh(item, row_warp, first, state);
+    weigh<kPacked>(item, states, row_warp, first);
     wait_copies();
-    const Target target(*this, item, row_warp);
 #pragma unroll 1
     for (int unit = warp; unit < count; unit += kWarps) {
-      float4 sum = {0.f, 0.f, 0.f, 0.f};
+      Sum<kPacked> sum = {};
 #pragma unroll 4
-      for (int k = 0; k < item.piece_count; ++k) {
-        add(sum, scratch.weights[k][lane / 4], scratch.values[k * count + unit][lane]);
+      for (int k = 0; k < pieces.count; ++k) {
+        add(sum, weights<kPacked>(k, first + unit)[lane / 4],
+            scratch.values[k * count + unit][lane]);
       }
       target.store(first + unit, sum);
     }
   }
 
-  // The same for so few units that a copy of each would take longer than its bytes: 2^log_units of
-  // them at once, each by 8 >> log_units warps, which share the pieces and load what they add.
-  static constexpr int kFewUnits = 2;
-  __device__ __forceinline__ void merge_few(const WorkItem& item, int row_warp, int first,
-                                            int count, int log_units) {
+  // The same for so few units that a bulk copy of each piece's would take longer than its bytes:
+  // 2^log_units of them at once, each by 8 >> log_units warps, which share the pieces, and copy what
+  // they add.
+  template <bool kPacked>
+  __device__ __forceinline__ void merge_few(const WorkItem& item, const Pieces& pieces,
+                                            int row_warp, int first, int count, int log_units) {
     Scratch& scratch = this->scratch();
     const int thread = static_cast<int>(ptx::thread_index()), warp = thread / 32,
               lane = thread % 32;
     const int unit = warp & ((1 << log_units) - 1), share = warp >> log_units,
               shares = kWarps >> log_units;
-    float4 sum = {0.f, 0.f, 0.f, 0.f};
-    constexpr int kInFlight = 16;
+    const int end = unit < count ? pieces.count : 0;
+    const States<kMaxPieces> states(pieces, row_warp);
+    uint4* values = &scratch.values[unit * pieces.count][lane];
 #pragma unroll 1
-    for (int begin = share; begin < item.piece_count; begin += kInFlight * shares) {
-      float4 value[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int k = begin + i * shares;
-        value[i] = {0.f, 0.f, 0.f, 0.f};
-        if (k < item.piece_count && unit < count) {
-          value[i] =
-              __ldcg(reinterpret_cast<const float4*>(piece(item, k)) + (first + unit) * 32 + lane);
-        }
-      }
-      if (begin == share) {
-        float2 state[kStates];
-        load_states(item, row_warp, state);
-        weigh(item, row_warp, first, state);
-      }
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int k = min(begin + i * shares, item.piece_count - 1);
-        add(sum, scratch.weights[k][lane / 4], value[i]);
-      }
+    for (int k = share; k < end; k += shares) {
+      __pipeline_memcpy_async(values + k * 32,
+                              pieces[k] + (first + unit) * kUnitBytes + lane * sizeof(uint4),
+                              sizeof(uint4));
     }
-    scratch.values[warp][lane] = sum;
+    __pipeline_commit();
+    const Target target(*this, item, row_warp);
+    weigh<kPacked>(item, states, row_warp, first);
+    __pipeline_wait_prior(0);
+    Sum<kPacked> sum = {};
+#pragma unroll 2
+    for (int k = share; k < end; k += shares) {
+      add(sum, weights<kPacked>(k, first + unit)[lane / 4], values[k * 32]);
+    }
+#pragma unroll
+    for (float& x : sum) scratch.sums[warp][lane][&x - sum] = x;
     meet();
     if (share > 0 || unit >= count) return;
 #pragma unroll 1
     for (int other = warp + (1 << log_units); other < kWarps; other += 1 << log_units) {
-      add(sum, {1.f, 1.f}, scratch.values[other][lane]);
-    }
-    Target(*this, item, row_warp).store(first + unit, sum);
-  }
-
-  __device__ __forceinline__ static void add(float4& sum, float2 weight, float4 value) {
-    sum = {fmaf(weight.x, value.x, sum.x), fmaf(weight.x, value.y, sum.y),
-           fmaf(weight.y, value.z, sum.z), fmaf(weight.y, value.w, sum.w)};
-  }
-
-  // The states of 16 rows, and their weights: 16 threads a row.
-  static constexpr int kStates = (kMaxPieces + 15) / 16;  // of a thread
-  __device__ __forceinline__ void load_states(const WorkItem& item, int row_warp,
-                                              float2 (&state)[kStates]) {
-    const int r = static_cast<int>(ptx::thread_index() / 16),
-              first = static_cast<int>(ptx::thread_index() % 16);
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) {
-      const int k = first + 16 * i;
-      state[i] = {kNoMaximum, 0.f};
-      if (k < item.piece_count) {
-        state[i] = __ldcg(reinterpret_cast<const float2*>(partial_rows(piece(item, k))) +
-                          row_warp * 16 + r);
+      for (float& x : sum) x += scratch.sums[other][lane][&x - sum];
+    }
+    target.store(first + unit, sum);
+  }
+
+  __device__ __forceinline__ static void add(Sum<false>& sum, float2 weight, uint4 value) {
+    sum[0] = fmaf(weight.x, __uint_as_float(value.x), sum[0]);
+    sum[1] = fmaf(weight.x, __uint_as_float(value.y), sum[1]);
+    sum[2] = fmaf(weight.y, __uint_as_float(value.z), sum[2]);
+    sum[3] = fmaf(weight.y, __uint_as_float(value.w), sum[3]);
+  }
+  __device__ __forceinline__ static void add(Sum<true>& sum, float2 weight, uint4 value) {
+    const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = __half22float2(reinterpret_cast<const __half2&>(words[i]));
+      const float of_row = i % 2 == 0 ? weight.x : weight.y;
+      sum[2 * i] = fmaf(of_row, x.x, sum[2 * i]);
+      sum[2 * i + 1] = fmaf(of_row, x.y, sum[2 * i + 1]);
+    }
+  }
+  // Of piece k, for rows r, r + 8 of a unit.
+  template <bool kPacked>
+  __device__ __forceinline__ const float2* weights(int k, int unit) const {
+    return scratch().weights[k][kPacked ? unit % 2 : 0];
+  }
+
+  // Of 16 rows, 16 threads a row, what this thread has of the states of at most kMost pieces.
+  template <int kMost>
+  struct States {
+    static constexpr int kCount = (kMost + 15) / 16;
+    int32_t pieces;
+    PartialState of[kCount];
+    __device__ __forceinline__ static int row() { return ptx::thread_index() / 16; }
+    __device__ __forceinline__ static int piece(int i) {
+      return ptx::thread_index() % 16 + 16 * i;
+    }
+    __device__ __forceinline__ States(const Pieces& all, int row_warp) : pieces(all.count) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        of[i] = {{kNoMaximum, 0.f}, {0.f, 0.f}};
+        if (piece(i) >= pieces) continue;
+        const float4 state = __ldcg(reinterpret_cast<const float4*>(
+            &partial_states(all[piece(i)])[row_warp * 16 + row()]));
+        of[i] = {{state.x, state.y}, {state.z, state.w}};
       }
     }
-  }
-  // Called by all, and waits for all.
-  __device__ __forceinline__ void weigh(const WorkItem& item, int row_warp, int first_unit,
-                                        const float2 (&state)[kStates]) {
-    const int r = static_cast<int>(ptx::thread_index() / 16),
-              first = static_cast<int>(ptx::thread_index() % 16);
+  };
+  // The pieces' weights. Called by all, and waits for all.
+  template <bool kPacked, int kMost>
+  __device__ __forceinline__ void weigh(const WorkItem& item, const States<kMost>& states,
+                                        int row_warp, int first_unit) {
+    Scratch& scratch = this->scratch();
+    const int row = states.row();
     float top = kNoMaximum, total = 0.f;
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) top = fmaxf(top, state[i].x);
+    for (const PartialState& state : states.of) top = fmaxf(top, state.row.max);
 #pragma unroll
     for (int distance = 1; distance < 16; distance *= 2) {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
     }
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) {
-      const int k = first + 16 * i;
-      const float weight = ptx::exp2_approx(state[i].x - top);
-      total += weight * state[i].y;
-      if (k < item.piece_count) {
-        reinterpret_cast<float*>(&scratch().weights[k][r % 8])[r / 8] = weight;
+    for (int i = 0; i < states.kCount; ++i) {
+      const PartialState& state = states.of[i];
+      const float weight = ptx::exp2_approx(state.row.max - top);
+      total += weight * state.row.sum;
+      if (states.piece(i) >= states.pieces) continue;
+      auto* of_rows = reinterpret_cast<float(*)[8][2]>(&scratch.weights[states.piece(i)]);
+#pragma unroll
+      for (int side = 0; side < (kPacked ? 2 : 1); ++side) {
+        of_rows[side][row % 8][row / 8] = kPacked ? weight * state.scale[side] : weight;
       }
     }
 #pragma unroll
     for (int distance = 1; distance < 16; distance *= 2) {
       total += __shfl_xor_sync(~0u, total, distance);
     }
-    if (first == 0) {
-      scratch().inverse[r] = inverse_or_zero(total);
-      if (first_unit % kUnitsPerRowWarp == 0) {
+    if (ptx::thread_index() % 16 == 0) {
+      scratch.inverse[row] = inverse_or_zero(total);
+      if (first_unit % kUnitsPerRowWarp<kPacked> == 0) {
         const Rows<Element> rows{params, item};
-        rows.store_lse(rows.place(row_warp * 16 + r), {top, total});
+        rows.store_lse(rows.place(row_warp * 16 + row), {top, total});
       }
     }
     meet();
   }
 
-  // Where this lane's sums go, once the weights are there.
+  // Where this lane's sums go.
   struct Target {
-    Element* out[2];  // in its two rows; null: no such row
-    float inverse[2];
+    Element* out[2];       // in its two rows; null: no such row
+    const float* inverse;  // of the first one's total; eight on, the other one's
     __device__ __forceinline__ Target(const Merger& merger, const WorkItem& item, int row_warp) {
       const Rows<Element> rows{merger.params, item};
       const int lane = lane_index();
+      inverse = merger.scratch().inverse + lane / 4;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const auto place = rows.place(row_warp * 16 + lane / 4 + 8 * h);
         out[h] = place.valid ? rows.out(place) + lane % 4 * 2 : nullptr;
-        inverse[h] = merger.scratch().inverse[lane / 4 + 8 * h];
       }
     }
-    __device__ __forceinline__ void store(int unit, float4 sum) const {
-      const int column = unit % 2 * (kHeadDimV / 2) + unit % kUnitsPerRowWarp / 2 * 8;
-      if (out[0] != nullptr) {
-        *reinterpret_cast<uint32_t*>(out[0] + column) =
-            pack<Element>(sum.x * inverse[0], sum.y * inverse[0]);
-      }
-      if (out[1] != nullptr) {
-        *reinterpret_cast<uint32_t*>(out[1] + column) =
-            pack<Element>(sum.z * inverse[1], sum.w * inverse[1]);
+    template <int kSums>
+    __device__ __forceinline__ void store(int unit, const float (&sum)[kSums]) const {
+      constexpr int kTiles = kSums / 4, kUnits = kUnitsPerRowWarp<kTiles == kUnitTiles<true>>;
+      const int column = unit % 2 * (kHeadDimV / 2) + unit % kUnits / 2 * (8 * kTiles);
+#pragma unroll
+      for (int i = 0; i < kSums / 2; ++i) {
+        if (out[i % 2] == nullptr) continue;
+        *reinterpret_cast<uint32_t*>(out[i % 2] + column + i / 2 * 8) =
+            pack<Element>(sum[2 * i] * inverse[i % 2 * 8], sum[2 * i + 1] * inverse[i % 2 * 8]);
       }
     }
   };
-
-  __device__ __forceinline__ float* piece(const WorkItem& item, int k) const {
-    return partial_output(params, cta_of(item, k), k == 0);
-  }
 };
 
 }  // namespace flash_mla::cuda::decode_dense

@@ -20,13 +20,21 @@ struct RowState {
   float max, sum;
 };
 
-// A partial result: units of 512 bytes, the four accumulators of each lane of a warp for one tile
-// of eight columns, [4 warps of 16 rows][32 tiles][left, right half][32 lanes][4] fp32, so that the
-// units of the first 16 n rows come first; then the RowState of 64 rows.
+// A partial result: *units* of 512 bytes, 16 for each lane of a warp, of the lane's accumulators for
+// kUnitTiles tiles of eight columns: [4 warps of 16 rows][left, right half of the tiles, unit by
+// unit][32 lanes][kUnitTiles][row r, r + 8][2]. So the units of the first 16 n rows come first. Then
+// the PartialState of 64 rows. The accumulators are in fp32, or packed: in fp16, each half of a row
+// scaled by a power of two, which `scale` takes back.
 inline constexpr int kUnitBytes = 512;
-inline constexpr int kUnitsPerRowWarp = 64;
-inline constexpr int kPartialFloats = kTileRows * kHeadDimV;
-inline constexpr std::size_t kPartialBytes =
-    kPartialFloats * sizeof(float) + kTileRows * sizeof(RowState);
+template <bool kPacked>
+inline constexpr int kUnitTiles = kPacked ? 2 : 1;
+template <bool kPacked>
+inline constexpr int kUnitsPerRowWarp = kHeadDimV / 8 / kUnitTiles<kPacked>;
+struct alignas(16) PartialState {
+  RowState row;
+  float scale[2];  // of the left half, the right half; if packed
+};
+inline constexpr int kPartialStates = kTileRows * kHeadDimV * sizeof(float);  // where they begin
+inline constexpr std::size_t kPartialBytes = kPartialStates + kTileRows * sizeof(PartialState);
 
 }  // namespace flash_mla::cuda::decode_dense
