@@ -46,7 +46,7 @@ CLOCKS = (
 QUERY_LANE, RIGHT_LANE = "threadIdx.x == kQueryWarp * 32", "threadIdx.x == kRightWarp * 32"
 PREPARE = "const Walk walk = prepare<T>(params, maps, shared);"
 LOADS = "load<T::kMulticast>(part, item.head, page, stream);"
-FIRST_LOAD = "load<false>(part, item.head, page, false);"
+FIRST_LOAD = "load<false>(part, item.head, page, stream);"
 PROBES = (
     ("traits.h", "after", "uint16_t lab_count[7];", "int32_t num_split_tiles, merge_ready;"),
     ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", PREPARE),

@@ -108,6 +108,23 @@ def test_maxima_that_move(device: str, h_q: int, bits: int, rows: str) -> None:
     assert_close(got, decode(inputs, True))
 
 
+@pytest.mark.parametrize("h_q", [16, 128])
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.bfloat16, bits) for bits in (-100, -12, 14, 100)]
+    + [(torch.float16, bits) for bits in (-4, 12)],
+)
+def test_values_of_any_size(device: str, h_q: int, dtype: torch.dtype, bits: int) -> None:
+    """Scores do not depend on them here. A request is cut into two, three, or many pieces."""
+    for b in (1, 24, 90) if device == "cuda" else (1,):
+        inputs = make_inputs(Case(b=b, s_kv=3000, h_q=h_q, dtype=dtype), device)
+        inputs.q[..., :512] = 0
+        want = decode(inputs, True)
+        inputs.k_cache[..., :512] *= 2.0**bits
+        out, lse = flash_mla_with_kvcache(*inputs.args(), None, causal=True)
+        assert_close((out.double() / 2.0**bits, lse), want)
+
+
 def test_rerun_is_bitwise_equal(device: str) -> None:
     inputs = make_inputs(Case(b=3, s_kv=2500, h_q=32), device)
     first = flash_mla_with_kvcache(*inputs.args(), None, causal=True)

@@ -93,12 +93,14 @@ Status encode_map(const char* tensor, const MapShape& shape, CUtensorMap* map) n
 }
 
 std::size_t cache_slot(const MapShape& shape) noexcept {
-  // The rest seldom differs between tensors that are alive together.
-  constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15;  // Fibonacci hashing
-  const auto mixed =
-      reinterpret_cast<std::uintptr_t>(shape.data) +
-      static_cast<std::uint64_t>(shape.dims[kRank - 1] * kRank + shape.box[2] + shape.box[3]);
-  return static_cast<std::size_t>(mixed * kGolden >> 32) % kCacheEntries;
+  // The rest seldom differs between tensors that are alive together. Mixed well (as splitmix64
+  // does it), since tensors lie evenly spaced.
+  std::uint64_t x = reinterpret_cast<std::uintptr_t>(shape.data) +
+                    (static_cast<std::uint64_t>(shape.dims[kRank - 1]) << 8) +
+                    static_cast<std::uint64_t>(shape.box[2] + shape.box[3]);
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return static_cast<std::size_t>(x ^ x >> 31) % kCacheEntries;
 }
 
 // Makes the map, or finds it among those that this thread has made.

@@ -183,7 +183,7 @@ struct Epilogue {
 
  private:
   // The power of two that brings the largest value of a row in this warpgroup's half to between
-  // 2^14 and 2^15; 1 if that is an infinity.
+  // 2^14 and 2^15.
   __device__ __forceinline__ float scale_of(int h) const {
     float most[4] = {};  // four chains
 #pragma unroll
@@ -193,10 +193,9 @@ struct Epilogue {
     float top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    constexpr int kBias = 127, kTarget = 14, kInfinity = 255, kLeast = 40;
-    const int exponent = __float_as_int(top) >> 23;
-    if (exponent == kInfinity) return 1.f;
-    return __int_as_float((2 * kBias + kTarget - max(exponent, kLeast)) << 23);
+    constexpr int kBias = 127, kTarget = 14, kLeast = 40;  // so that 1 / scale is a number, too
+    const int exponent = max(__float_as_int(top) >> 23, kLeast);
+    return __int_as_float((2 * kBias + kTarget - exponent) << 23);
   }
 };
 

@@ -50,10 +50,13 @@ class Producer {
       ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);
     } else if (threadIdx.x == kRightWarp * 32 && item.pages > 0) {
       const int page = __ldg(table_of(item));
+      // Another cluster may want the page too, if not at the same moment.
+      const bool stream = rules.payload <= T::kStreamedPages && rules.chunks == 1 &&
+                          params_.schedule.team == 1;
       for (int warp = kRightWarp; warp <= kRopeWarp; ++warp) {
         Part part = part_of(warp);
         if (warp == kRightWarp) part.ring.advance();  // past Q
-        load<false>(part, item.head, page, false);
+        load<false>(part, item.head, page, stream);
       }
     }
   }
@@ -102,7 +105,8 @@ class Producer {
       const int pages = item.pages;
       const bool is_long = shared_.rules.payload > T::kStreamedPages;
       const bool ahead = T::kMulticast && is_long && params_.prefetch_pages;
-      const bool stream = ahead || !is_long;
+      const bool stream = ahead ? pages <= T::kStreamedItemPages : !is_long;
+      const bool prefetches = ahead && warp == kRopeWarp && position_.rank() == 0;
       const int32_t* table = table_of(item);
       int pages_ahead = lane < pages ? __ldg(table + lane) : 0;
       if (pages > 0 && warp == kRightWarp) {
@@ -114,10 +118,7 @@ class Producer {
       for (int i = 0; i < pages; ++i) {
         if (i % 32 == 0 && i > 0) pages_ahead = i + lane < pages ? __ldg(table + i + lane) : 0;
         const int page = __shfl_sync(~0u, pages_ahead, i % 32);
-        if (ahead && warp == kRopeWarp && position_.rank() == 0 && lane == i % 32 + 1 &&
-            i + 1 < pages) {
-          prefetch_page(pages_ahead);
-        }
+        if (prefetches && lane == i % 32 + 1 && i + 1 < pages) prefetch_page(pages_ahead);
         if (lane == 0 && !first) {
           if constexpr (!T::kMulticast) wait_until_empty(left);
           load<T::kMulticast>(part, item.head, page, stream);
@@ -157,7 +158,7 @@ class Producer {
     const int token = params_.map_width.quotient(item.first_row);
     const int head = item.head * params_.heads_per_kv + item.first_row - token * params_.map_width;
     const int32_t at[5] = {0, head, token, tile, item.request};
-    ptx::load_box<false>(&map, target, full, at, 0);
+    ptx::stream_box<false>(&map, target, full, at, 0);
   }
 
   __device__ __forceinline__ void load_query(const WorkItem& item, const Ring& at) {
