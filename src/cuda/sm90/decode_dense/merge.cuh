@@ -124,8 +124,8 @@ struct Merger {
     phase ^= 1;
   }
 
-  // Of more than two pieces: half the bytes where a tile's are many, and less code where they are
-  // few.
+  // How a piece of more than two is stored: in half the bytes where they are many, with less code
+  // where they are few.
   __device__ __forceinline__ static bool packed(const WorkItem& item) { return item.rows > 16; }
 
   // The partial result of one of more pieces is stored.
@@ -244,10 +244,12 @@ struct Merger {
   static constexpr int kMergedUnits = 320;  // of all pieces together
   // A share of more units is merge_many()'s; it has fewer pieces than kMaxPiecesOfMany.
   static constexpr int kFewUnits = 2;
-  static constexpr int kMaxPiecesOfMany =
-      kTileRows / 16 * kUnitsPerRowWarp<true> / kFewUnits;
+  static constexpr int kMaxPiecesOfMany = kTileRows / 16 * kUnitsPerRowWarp<true> / kFewUnits;
   template <bool kPacked>
-  using Sum = float[4 * kUnitTiles<kPacked>];  // of a lane in a unit
+  struct Sum {  // of a lane in a unit
+    static constexpr int kCount = 4 * kUnitTiles<kPacked>;
+    float at[kCount];
+  };
   struct Scratch {
     uint4 values[kMergedUnits][32];    // [piece][unit]; of merge_few(): [unit][piece]
     Sum<true> sums[kWarps][32];        // of merge_few()
@@ -290,13 +292,13 @@ struct Merger {
         add(sum, weights<kPacked>(k, first + unit)[lane / 4],
             scratch.values[k * count + unit][lane]);
       }
-      target.store(first + unit, sum);
+      target.template store<kPacked>(first + unit, sum);
     }
   }
 
   // The same for so few units that a bulk copy of each piece's would take longer than its bytes:
-  // 2^log_units of them at once, each by 8 >> log_units warps, which share the pieces, and copy what
-  // they add.
+  // 2^log_units of them at once, each by 8 >> log_units warps, which share the pieces, and copy
+  // what they add.
   template <bool kPacked>
   __device__ __forceinline__ void merge_few(const WorkItem& item, const Pieces& pieces,
                                             int row_warp, int first, int count, int log_units) {
@@ -324,22 +326,22 @@ struct Merger {
       add(sum, weights<kPacked>(k, first + unit)[lane / 4], values[k * 32]);
     }
 #pragma unroll
-    for (float& x : sum) scratch.sums[warp][lane][&x - sum] = x;
+    for (int i = 0; i < sum.kCount; ++i) scratch.sums[warp][lane].at[i] = sum.at[i];
     meet();
     if (share > 0 || unit >= count) return;
 #pragma unroll 1
     for (int other = warp + (1 << log_units); other < kWarps; other += 1 << log_units) {
 #pragma unroll
-      for (float& x : sum) x += scratch.sums[other][lane][&x - sum];
+      for (int i = 0; i < sum.kCount; ++i) sum.at[i] += scratch.sums[other][lane].at[i];
     }
-    target.store(first + unit, sum);
+    target.template store<kPacked>(first + unit, sum);
   }
 
   __device__ __forceinline__ static void add(Sum<false>& sum, float2 weight, uint4 value) {
-    sum[0] = fmaf(weight.x, __uint_as_float(value.x), sum[0]);
-    sum[1] = fmaf(weight.x, __uint_as_float(value.y), sum[1]);
-    sum[2] = fmaf(weight.y, __uint_as_float(value.z), sum[2]);
-    sum[3] = fmaf(weight.y, __uint_as_float(value.w), sum[3]);
+    sum.at[0] = fmaf(weight.x, __uint_as_float(value.x), sum.at[0]);
+    sum.at[1] = fmaf(weight.x, __uint_as_float(value.y), sum.at[1]);
+    sum.at[2] = fmaf(weight.y, __uint_as_float(value.z), sum.at[2]);
+    sum.at[3] = fmaf(weight.y, __uint_as_float(value.w), sum.at[3]);
   }
   __device__ __forceinline__ static void add(Sum<true>& sum, float2 weight, uint4 value) {
     const uint32_t words[4] = {value.x, value.y, value.z, value.w};
@@ -347,8 +349,8 @@ struct Merger {
     for (int i = 0; i < 4; ++i) {
       const float2 x = __half22float2(reinterpret_cast<const __half2&>(words[i]));
       const float of_row = i % 2 == 0 ? weight.x : weight.y;
-      sum[2 * i] = fmaf(of_row, x.x, sum[2 * i]);
-      sum[2 * i + 1] = fmaf(of_row, x.y, sum[2 * i + 1]);
+      sum.at[2 * i] = fmaf(of_row, x.x, sum.at[2 * i]);
+      sum.at[2 * i + 1] = fmaf(of_row, x.y, sum.at[2 * i + 1]);
     }
   }
   // Of piece k, for rows r, r + 8 of a unit.
@@ -364,16 +366,14 @@ struct Merger {
     int32_t pieces;
     PartialState of[kCount];
     __device__ __forceinline__ static int row() { return ptx::thread_index() / 16; }
-    __device__ __forceinline__ static int piece(int i) {
-      return ptx::thread_index() % 16 + 16 * i;
-    }
+    __device__ __forceinline__ static int piece(int i) { return ptx::thread_index() % 16 + 16 * i; }
     __device__ __forceinline__ States(const Pieces& all, int row_warp) : pieces(all.count) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         of[i] = {{kNoMaximum, 0.f}, {0.f, 0.f}};
         if (piece(i) >= pieces) continue;
-        const float4 state = __ldcg(reinterpret_cast<const float4*>(
-            &partial_states(all[piece(i)])[row_warp * 16 + row()]));
+        const float4 state = __ldcg(
+            reinterpret_cast<const float4*>(&partial_states(all[piece(i)])[row_warp * 16 + row()]));
         of[i] = {{state.x, state.y}, {state.z, state.w}};
       }
     }
@@ -431,15 +431,15 @@ struct Merger {
         out[h] = place.valid ? rows.out(place) + lane % 4 * 2 : nullptr;
       }
     }
-    template <int kSums>
-    __device__ __forceinline__ void store(int unit, const float (&sum)[kSums]) const {
-      constexpr int kTiles = kSums / 4, kUnits = kUnitsPerRowWarp<kTiles == kUnitTiles<true>>;
-      const int column = unit % 2 * (kHeadDimV / 2) + unit % kUnits / 2 * (8 * kTiles);
+    template <bool kPacked>
+    __device__ __forceinline__ void store(int unit, const Sum<kPacked>& sum) const {
+      const int column = unit % 2 * (kHeadDimV / 2) +
+                         unit % kUnitsPerRowWarp<kPacked> / 2 * (8 * kUnitTiles<kPacked>);
 #pragma unroll
-      for (int i = 0; i < kSums / 2; ++i) {
+      for (int i = 0; i < sum.kCount / 2; ++i) {
         if (out[i % 2] == nullptr) continue;
-        *reinterpret_cast<uint32_t*>(out[i % 2] + column + i / 2 * 8) =
-            pack<Element>(sum[2 * i] * inverse[i % 2 * 8], sum[2 * i + 1] * inverse[i % 2 * 8]);
+        *reinterpret_cast<uint32_t*>(out[i % 2] + column + i / 2 * 8) = pack<Element>(
+            sum.at[2 * i] * inverse[i % 2 * 8], sum.at[2 * i + 1] * inverse[i % 2 * 8]);
       }
     }
   };

@@ -51,8 +51,8 @@ class Producer {
     } else if (threadIdx.x == kRightWarp * 32 && item.pages > 0) {
       const int page = __ldg(table_of(item));
       // Another cluster may want the page too, if not at the same moment.
-      const bool stream = rules.payload <= T::kStreamedPages && rules.chunks == 1 &&
-                          params_.schedule.team == 1;
+      const bool stream =
+          rules.payload <= T::kStreamedPages && rules.chunks == 1 && params_.schedule.team == 1;
       for (int warp = kRightWarp; warp <= kRopeWarp; ++warp) {
         Part part = part_of(warp);
         if (warp == kRightWarp) part.ring.advance();  // past Q

@@ -20,11 +20,11 @@ struct RowState {
   float max, sum;
 };
 
-// A partial result: *units* of 512 bytes, 16 for each lane of a warp, of the lane's accumulators for
-// kUnitTiles tiles of eight columns: [4 warps of 16 rows][left, right half of the tiles, unit by
-// unit][32 lanes][kUnitTiles][row r, r + 8][2]. So the units of the first 16 n rows come first. Then
-// the PartialState of 64 rows. The accumulators are in fp32, or packed: in fp16, each half of a row
-// scaled by a power of two, which `scale` takes back.
+// A partial result: *units* of 512 bytes, 16 for each lane of a warp, of the lane's accumulators
+// for kUnitTiles tiles of eight columns: [4 warps of 16 rows][left, right half of the tiles, unit
+// by unit][32 lanes][kUnitTiles][row r, r + 8][2]. So the units of the first 16 n rows come first.
+// Then the PartialState of 64 rows. The accumulators are in fp32, or packed: in fp16, each half of
+// a row scaled by a power of two, which `scale` takes back.
 inline constexpr int kUnitBytes = 512;
 template <bool kPacked>
 inline constexpr int kUnitTiles = kPacked ? 2 : 1;

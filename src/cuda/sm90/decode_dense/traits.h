@@ -230,12 +230,12 @@ struct Traits {
   static constexpr uint16_t kClusterMask = (1u << kCluster) - 1;
   // A part of at most so many pages asks L2 to let them go first, as all do with Q (but not a CTA's
   // first page, where other clusters read it). So they do not push out what others have written,
-  // which would have to go to memory before they can come. With pages it costs longer decodes 1 to 4
-  // % (bench/results/steps/2026-11-28-h100).
+  // which would have to go to memory before they can come. With pages it costs longer decodes 1 to
+  // 4 % (bench/results/steps/2026-11-28-h100).
   static constexpr int kStreamedPages = kCluster == 1 ? 16 : 96;
   // Of a longer part whose pages come to L2 ahead (KernelParams::prefetch_pages) the same is asked
-  // for items of at most so many pages: it saves 3 % where requests are of 512 or 1,024 tokens. With
-  // longer ones it saves 1 % at most, and costs 2 to 5 % where requests share pages.
+  // for items of at most so many pages: it saves 3 % where requests are of 512 or 1,024 tokens.
+  // With longer ones it saves 1 % at most, and costs 2 to 5 % where requests share pages.
   static constexpr int kStreamedItemPages = 16;
 };
 
