@@ -49,14 +49,39 @@ struct Rows {
   }
 };
 
-// Partial results of a CTA: slot 0 for pieces 1.. of an item, slot 1 for piece 0.
-__device__ __forceinline__ std::byte* partial_output(const KernelParams& params, int cta,
-                                                     int slot) {
+// The partial results of a tile's pieces. For each CTA of a part (team x cluster of them) there is
+// a row of places, two a part: one for what it does of an item that it does not begin, one for what
+// it does of an item that it does not end. An item has places from the second one of its first part
+// on; none between them belongs to another. Each piece has a place, units and then states. Or,
+// where the share of a CTA in the merge is small, [unit][piece] and then [16 rows][piece] states,
+// so that one copy brings a unit of all pieces.
+struct PartialPlaces {
+  std::byte* units;
+  int32_t unit_stride, piece_stride;  // of units
+  std::byte* states;
+  int32_t rows_stride, state_stride;  // of PartialStates, from 16 rows, or a piece, to the next
+  __device__ __forceinline__ PartialPlaces(std::byte* base, int pieces, bool interleaved)
+      : units(base),
+        unit_stride(interleaved ? pieces * kUnitBytes : kUnitBytes),
+        piece_stride(interleaved ? kUnitBytes : kPartialBytes),
+        states(base + (interleaved ? pieces : 1) * kPartialUnitBytes),
+        rows_stride((interleaved ? pieces : 1) * sizeof(PartialStates)),
+        state_stride(interleaved ? sizeof(PartialStates) : kPartialBytes) {}
+  __device__ __forceinline__ std::byte* unit(int i, int piece) const {
+    return units + i * unit_stride + piece * piece_stride;
+  }
+  __device__ __forceinline__ PartialState* state(int row_warp, int piece) const {
+    return reinterpret_cast<PartialState*>(states + row_warp * rows_stride + piece * state_stride);
+  }
+};
+template <int kCluster>
+__device__ __forceinline__ std::byte* first_place(const KernelParams& params,
+                                                  const WorkItem& item) {
+  const auto position = Position<kCluster>::here(params.schedule);
+  const int row = position.member * kCluster + position.rank();
+  const int part = position.part - item.piece_index;
   return params.partials +
-         static_cast<int64_t>(slot * static_cast<int>(ptx::cta_count()) + cta) * kPartialBytes;
-}
-__device__ __forceinline__ PartialState* partial_states(std::byte* partial) {
-  return reinterpret_cast<PartialState*>(partial + kPartialStates);
+         static_cast<int64_t>((row * params.schedule.num_parts + part) * 2 + 1) * kPartialBytes;
 }
 
 template <typename T>
@@ -68,7 +93,7 @@ struct Epilogue {
   // Writes the item's rows of out and lse; of two pieces, with the other one's partial result,
   // `other`, added, else null. Both ways round that sum is the same, bit for bit: its products and
   // the sum are rounded one by one.
-  __device__ __forceinline__ void store_output(const WorkItem& item, std::byte* other) const {
+  __device__ __forceinline__ void store_output(const WorkItem& item, const std::byte* other) const {
     const Rows<Element> rows{params, item};
     const int warpgroup = ptx::thread_index() / kWarpgroup, lane = lane_index(), row = row_index();
     if (row / 16 * 16 >= item.rows) return;
@@ -79,7 +104,11 @@ struct Epilogue {
     for (int h = 0; h < 2; ++h) {
       const RowState own = output.state[h];
       RowState state = {kNoMaximum, 0.f};
-      if (other != nullptr) state = partial_states(other)[row + 8 * h].row;
+      if (other != nullptr) {
+        state = reinterpret_cast<const PartialStates*>(
+                    other + kPartialUnitBytes)[row / 16][lane / 4 + 8 * h]
+                    .row;
+      }
       const float top = fmaxf(own.max, state.max);
       own_weight[h] = ptx::exp2_approx(own.max - top);
       other_weight[h] = ptx::exp2_approx(state.max - top);
@@ -138,45 +167,37 @@ struct Epilogue {
 
   // Every store of a warp is a unit; warps without a row store nothing.
   template <bool kPacked>
-  __device__ __forceinline__ void store_partial(const WorkItem& item) const {
-    const int row = row_index(), lane = lane_index(), row_warp = row / 16;
+  __device__ __forceinline__ void store_partial(const WorkItem& item,
+                                                const PartialPlaces& places) const {
+    const int lane = lane_index(), row_warp = row_index() / 16;
     if (row_warp * 16 >= item.rows) return;
     const int side = static_cast<int>(ptx::thread_index() / kWarpgroup);
-    std::byte* partial =
-        partial_output(params, static_cast<int>(ptx::cta_index()), item.piece_index == 0);
-    auto* target = reinterpret_cast<uint4*>(partial) +
-                   (row_warp * kUnitsPerRowWarp<kPacked> + side) * 32 + lane;
-    if constexpr (kPacked) {
-      float scale[2];
+    PartialState* states = places.state(row_warp, item.piece_index);
+    float scale[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < 2; ++h) {
+      PartialState& state = states[lane / 4 + 8 * h];
+      if (side == 0 && lane % 4 == 0) state.row = output.state[h];
+      if constexpr (kPacked) {
         scale[h] = scale_of(h);
-        if (lane % 4 == 0) {
-          PartialState& state = partial_states(partial)[row + 8 * h];
-          if (side == 0) state.row = output.state[h];
-          state.scale[side] = inverse_of_power(scale[h]);
-        }
+        if (lane % 4 == 0) state.scale[side] = inverse_of_power(scale[h]);
       }
+    }
+    std::byte* unit = places.unit(row_warp * kUnitsPerRowWarp<kPacked> + side, item.piece_index) +
+                      lane * sizeof(uint4);
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kUnitsPerRowWarp<kPacked> / 2; ++i, unit += 2 * places.unit_stride) {
+      if constexpr (kPacked) {
         uint32_t word[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           word[j] = pack<__half>(scale[j % 2] * output.at(8 * i + 2 * j),
                                  scale[j % 2] * output.at(8 * i + 2 * j + 1));
         }
-        __stcg(target + i * 64, uint4{word[0], word[1], word[2], word[3]});
-      }
-    } else {
-      if (side == 0 && lane % 4 == 0) {
-        partial_states(partial)[row].row = output.state[0];
-        partial_states(partial)[row + 8].row = output.state[1];
-      }
-#pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        __stcg(reinterpret_cast<float4*>(target) + i * 64,
-               float4{output.at(4 * i), output.at(4 * i + 1), output.at(4 * i + 2),
-                      output.at(4 * i + 3)});
+        __stcg(reinterpret_cast<uint4*>(unit), uint4{word[0], word[1], word[2], word[3]});
+      } else {
+        __stcg(reinterpret_cast<float4*>(unit), float4{output.at(4 * i), output.at(4 * i + 1),
+                                                       output.at(4 * i + 2), output.at(4 * i + 3)});
       }
     }
   }

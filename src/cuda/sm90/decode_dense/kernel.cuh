@@ -112,7 +112,7 @@ __device__ __forceinline__ Walk prepare(const KernelParams& params, const Tensor
   } else if (warp == kInitWarp) {
     init_barriers(shared, T::kCluster);
   } else if (threadIdx.x == 0) {
-    ::cuda::ptx::mbarrier_init(&shared.merge_landed, 1);
+    for (uint64_t& landed : shared.merge_landed) ::cuda::ptx::mbarrier_init(&landed, 1);
     ptx::fence_proxy_async();
     shared.num_split_tiles = 0;
   }

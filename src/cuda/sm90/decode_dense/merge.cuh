@@ -19,8 +19,6 @@
 // found.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include "cuda/sm90/decode_dense/epilogue.cuh"
 
 namespace flash_mla::cuda::decode_dense {
@@ -34,7 +32,7 @@ struct Merger {
   using Element = typename T::Element;
   const KernelParams& params;
   SharedStorage& shared;
-  uint32_t phase = 0;  // of shared.merge_landed
+  uint32_t phases = 0;  // of shared.merge_landed, a bit each
   static constexpr int kWarps = kOutputThreads / 32;
 
   // Called by both output warpgroups when the sums of `item`, at `at` in the ring, are in `output`:
@@ -45,9 +43,9 @@ struct Merger {
     const bool complete = item.piece_count == 1 || (!many && other_arrived(item));
     if (!complete) {
       if (many && packed(item)) {
-        epilogue.template store_partial<true>(item);
+        epilogue.template store_partial<true>(item, places<true>(item));
       } else {
-        epilogue.template store_partial<false>(item);
+        epilogue.template store_partial<false>(item, places<false>(item));
       }
       if (many) arrive(item);
       if (many || !arrive_second(item)) return;
@@ -90,38 +88,42 @@ struct Merger {
   }
   // The other one of two pieces, in this CTA's shared memory if no pages come after this item's.
   __device__ __forceinline__ std::byte* other_piece(const WorkItem& item, Ring at) {
-    std::byte* other = pieces_of(item)[1 - item.piece_index];
+    std::byte* other =
+        first_place<T::kCluster>(params, item) + (1 - item.piece_index) * kPartialBytes;
     at.advance();
     ptx::mbarrier_wait(&shared.barriers.item_full[at.slot()], at.phase());
     if (!shared.items[at.slot()].end || item.rows == 0) return other;
-    std::byte* copy = reinterpret_cast<std::byte*>(&shared);
+    std::byte* target = reinterpret_cast<std::byte*>(&shared);
     if (ptx::thread_index() == 0) {
-      const int bytes = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<false> * kUnitBytes;
-      constexpr int kStateBytes = kPartialBytes - kPartialStates;
-      begin_copies(bytes + kStateBytes);
       ptx::fence_proxy_async_global();
-      copy_to_shared(copy, other, bytes);
-      copy_to_shared(copy + kPartialStates, other + kPartialStates, kStateBytes);
+      const int bytes = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<false> * kUnitBytes;
+      announce(kUnits, bytes);
+      copy(kUnits, target, other, bytes);
+      constexpr int kStateBytes = kPartialBytes - kPartialUnitBytes;
+      announce(kStates, kStateBytes);
+      copy(kStates, target + kPartialUnitBytes, other + kPartialUnitBytes, kStateBytes);
     }
-    wait_copies();
-    return copy;
+    wait(kUnits);
+    wait(kStates);
+    return target;
   }
 
   // Copies from partial results to shared memory. One thread announces the bytes; who copies has
   // called fence_proxy_async_global(), since threads of other CTAs wrote them; all wait.
-  __device__ __forceinline__ void begin_copies(int bytes) {
+  enum Copies { kUnits, kStates };
+  __device__ __forceinline__ void announce(Copies what, int bytes) {
     namespace p = ::cuda::ptx;
     p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared,
-                                 &shared.merge_landed, bytes);
+                                 &shared.merge_landed[what], bytes);
   }
-  __device__ __forceinline__ void copy_to_shared(void* target, const void* source, int bytes) {
+  __device__ __forceinline__ void copy(Copies what, void* target, const void* source, int bytes) {
     namespace p = ::cuda::ptx;
     p::cp_async_bulk(p::space_cluster, p::space_global, target, source, bytes,
-                     &shared.merge_landed);
+                     &shared.merge_landed[what]);
   }
-  __device__ __forceinline__ void wait_copies() {
-    ptx::mbarrier_wait(&shared.merge_landed, phase);
-    phase ^= 1;
+  __device__ __forceinline__ void wait(Copies what) {
+    ptx::mbarrier_wait(&shared.merge_landed[what], phases >> what & 1);
+    phases ^= 1u << what;
   }
 
   // How a piece of more than two is stored: in half the bytes where they are many, with less code
@@ -183,27 +185,25 @@ struct Merger {
     }
   }
 
-  // The partial results of a tile's rows.
-  struct Pieces {
-    std::byte* slot0;       // of the CTA that does piece 0
-    int32_t slot1, stride;  // bytes from there to its other slot, and to the next CTA's
-    int32_t count;
-    __device__ __forceinline__ std::byte* operator[](int k) const {
-      return slot0 + (k == 0 ? slot1 : k * stride);
-    }
-  };
-  __device__ __forceinline__ Pieces pieces_of(const WorkItem& item) const {
-    static_assert(2 * kMaxCtas * kPartialBytes < 1u << 31);
-    return {partial_output(params, cta_of(item, 0), 0),
-            static_cast<int32_t>(ptx::cta_count() * kPartialBytes),
-            static_cast<int32_t>(params.schedule.team * T::kCluster * kPartialBytes),
-            item.piece_count};
-  }
-
   // n / divisor for 0 <= n < 2^16, 0 < divisor < 2^8 and a quotient below 2^12, in a few
   // instructions: n + 0.5 is further from a multiple than the division errs.
   __device__ __forceinline__ static int quotient(int n, int divisor) {
     return static_cast<int>(__fdividef(static_cast<float>(n) + 0.5f, static_cast<float>(divisor)));
+  }
+
+  template <bool kPacked>
+  __device__ __forceinline__ static int units_of(const WorkItem& item) {
+    return ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<kPacked>;
+  }
+  // Whether a CTA's share in the merge is at most kFewUnits.
+  static constexpr int kFewUnits = 2;
+  template <bool kPacked>
+  __device__ __forceinline__ static bool has_few(const WorkItem& item) {
+    return item.piece_count > 2 && units_of<kPacked>(item) <= kFewUnits * item.piece_count;
+  }
+  template <bool kPacked>
+  __device__ __forceinline__ PartialPlaces places(const WorkItem& item) const {
+    return {first_place<T::kCluster>(params, item), item.piece_count, has_few<kPacked>(item)};
   }
 
   // out = sum_k weight[k] partial[k] / total, weight[k] = 2^(max[k] - max). This CTA's share of the
@@ -212,25 +212,23 @@ struct Merger {
   // memory, and a short decode waits for it.)
   template <bool kPacked>
   __device__ __forceinline__ void merge(const WorkItem& item, bool whole) {
-    const Pieces pieces = pieces_of(item);
-    const int units = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<kPacked>;
-    const auto share_begin = [&](int k) {
-      return quotient(units * k + pieces.count - 1, pieces.count);
-    };
+    const int units = units_of<kPacked>(item), pieces = item.piece_count;
+    const auto share_begin = [&](int k) { return quotient(units * k + pieces - 1, pieces); };
     const int begin = whole ? 0 : share_begin(item.piece_index);
     const int end = whole ? units : share_begin(item.piece_index + 1);
     const int share = share_begin(1);
-    const bool few = share <= kFewUnits;
-    const int most = few ? share : quotient(kMergedUnits, pieces.count);  // units at once
+    const bool few = has_few<kPacked>(item);
+    const PartialPlaces places(first_place<T::kCluster>(params, item), pieces, few);
+    const int most = few ? share : quotient(kMergedUnits, pieces);  // units at once
 #pragma unroll 1
     for (int first = begin; first < end;) {
       // Units of the same 16 rows.
       const int row_warp = first / kUnitsPerRowWarp<kPacked>;
       const int last = min(min(end, first + most), (row_warp + 1) * kUnitsPerRowWarp<kPacked>);
       if (few) {
-        merge_few<kPacked>(item, pieces, row_warp, first, last - first, share - 1);
+        merge_few<kPacked>(item, places, row_warp, first, last - first, share - 1);
       } else {
-        merge_many<kPacked>(item, pieces, row_warp, first, last - first);
+        merge_many<kPacked>(item, places, row_warp, first, last - first);
       }
       first = last;
       if (first < end) {  // the scratch is overwritten
@@ -240,10 +238,9 @@ struct Merger {
     }
   }
 
-  // In the buffers of pages and Q, no longer needed.
+  // In the buffers of pages, Q and P, no longer needed.
   static constexpr int kMergedUnits = 320;  // of all pieces together
-  // A share of more units is merge_many()'s; it has fewer pieces than kMaxPiecesOfMany.
-  static constexpr int kFewUnits = 2;
+  // Fewer pieces than this has merge_many().
   static constexpr int kMaxPiecesOfMany = kTileRows / 16 * kUnitsPerRowWarp<true> / kFewUnits;
   template <bool kPacked>
   struct Sum {  // of a lane in a unit
@@ -252,11 +249,12 @@ struct Merger {
   };
   struct Scratch {
     uint4 values[kMergedUnits][32];    // [piece][unit]; of merge_few(): [unit][piece]
-    Sum<true> sums[kWarps][32];        // of merge_few()
+    PartialStates states[kMaxPieces];  // of merge_few()
+    Sum<true> sums[kWarps][32];        // the same
     float2 weights[kMaxPieces][2][8];  // of rows r, r + 8; of their two halves, if packed
     float inverse[16];                 // 1 / total
   };
-  static_assert(sizeof(Scratch) <= offsetof(SharedStorage, q_end));
+  static_assert(sizeof(Scratch) <= offsetof(SharedStorage, factor));
   static_assert(kMergedUnits >= kFewUnits * kMaxPieces);
   __device__ __forceinline__ Scratch& scratch() const {
     return *reinterpret_cast<Scratch*>(&shared);
@@ -265,30 +263,32 @@ struct Merger {
   // Units first .. first + count - 1, all of the same 16 rows. A run of units is contiguous in
   // every piece, so one copy brings it to shared memory; meanwhile the weights are worked out.
   template <bool kPacked>
-  __device__ __forceinline__ void merge_many(const WorkItem& item, const Pieces& pieces,
+  __device__ __forceinline__ void merge_many(const WorkItem& item, const PartialPlaces& places,
                                              int row_warp, int first, int count) {
     Scratch& scratch = this->scratch();
     const int thread = static_cast<int>(ptx::thread_index()), warp = thread / 32,
               lane = thread % 32;
-    const States<kMaxPiecesOfMany> states(pieces, row_warp);
+    const int pieces = item.piece_count;
+    const States<kMaxPiecesOfMany> states(pieces, [&](int k) {
+      return __ldcg(reinterpret_cast<const float4*>(places.state(row_warp, k) + thread / 16));
+    });
     const Target target(*this, item, row_warp);
     if (lane == 0) {
-      if (warp == 0) begin_copies(pieces.count * count * kUnitBytes);
+      if (warp == 0) announce(kUnits, pieces * count * kUnitBytes);
       ptx::fence_proxy_async_global();
 #pragma unroll 1
-      for (int k = warp; k < pieces.count; k += kWarps) {
-        copy_to_shared(scratch.values[k * count], pieces[k] + first * kUnitBytes,
-                       count * kUnitBytes);
+      for (int k = warp; k < pieces; k += kWarps) {
+        copy(kUnits, scratch.values[k * count], places.unit(first, k), count * kUnitBytes);
       }
     }
     __syncwarp();
     weigh<kPacked>(item, states, row_warp, first);
-    wait_copies();
+    wait(kUnits);
 #pragma unroll 1
     for (int unit = warp; unit < count; unit += kWarps) {
       Sum<kPacked> sum = {};
 #pragma unroll 4
-      for (int k = 0; k < pieces.count; ++k) {
+      for (int k = 0; k < pieces; ++k) {
         add(sum, weights<kPacked>(k, first + unit)[lane / 4],
             scratch.values[k * count + unit][lane]);
       }
@@ -296,30 +296,34 @@ struct Merger {
     }
   }
 
-  // The same for so few units that a bulk copy of each piece's would take longer than its bytes:
-  // 2^log_units of them at once, each by 8 >> log_units warps, which share the pieces, and copy
-  // what they add.
+  // The same for so few units that a copy of each piece's would take longer than its bytes: one
+  // copy brings all pieces' states, one all units, 2^log_units of them, each of which 8 >>
+  // log_units warps add up.
   template <bool kPacked>
-  __device__ __forceinline__ void merge_few(const WorkItem& item, const Pieces& pieces,
+  __device__ __forceinline__ void merge_few(const WorkItem& item, const PartialPlaces& places,
                                             int row_warp, int first, int count, int log_units) {
     Scratch& scratch = this->scratch();
     const int thread = static_cast<int>(ptx::thread_index()), warp = thread / 32,
               lane = thread % 32;
+    const int pieces = item.piece_count;
+    if (thread == 0) {
+      ptx::fence_proxy_async_global();
+      announce(kStates, pieces * sizeof(PartialStates));
+      copy(kStates, scratch.states, places.state(row_warp, 0), pieces * sizeof(PartialStates));
+      announce(kUnits, pieces * count * kUnitBytes);
+      copy(kUnits, scratch.values, places.unit(first, 0), pieces * count * kUnitBytes);
+    }
+    const Target target(*this, item, row_warp);
+    wait(kStates);
+    const States<kMaxPieces> states(pieces, [&](int k) {
+      return reinterpret_cast<const float4&>(scratch.states[k][thread / 16]);
+    });
+    weigh<kPacked>(item, states, row_warp, first);
+    wait(kUnits);
     const int unit = warp & ((1 << log_units) - 1), share = warp >> log_units,
               shares = kWarps >> log_units;
-    const int end = unit < count ? pieces.count : 0;
-    const States<kMaxPieces> states(pieces, row_warp);
-    uint4* values = &scratch.values[unit * pieces.count][lane];
-#pragma unroll 1
-    for (int k = share; k < end; k += shares) {
-      __pipeline_memcpy_async(values + k * 32,
-                              pieces[k] + (first + unit) * kUnitBytes + lane * sizeof(uint4),
-                              sizeof(uint4));
-    }
-    __pipeline_commit();
-    const Target target(*this, item, row_warp);
-    weigh<kPacked>(item, states, row_warp, first);
-    __pipeline_wait_prior(0);
+    const int end = unit < count ? pieces : 0;
+    const uint4* values = &scratch.values[unit * pieces][lane];
     Sum<kPacked> sum = {};
 #pragma unroll 2
     for (int k = share; k < end; k += shares) {
@@ -367,13 +371,14 @@ struct Merger {
     PartialState of[kCount];
     __device__ __forceinline__ static int row() { return ptx::thread_index() / 16; }
     __device__ __forceinline__ static int piece(int i) { return ptx::thread_index() % 16 + 16 * i; }
-    __device__ __forceinline__ States(const Pieces& all, int row_warp) : pieces(all.count) {
+    // `load(k)` gives the state of this thread's row in piece k.
+    template <typename Load>
+    __device__ __forceinline__ States(int pieces_in, const Load& load) : pieces(pieces_in) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         of[i] = {{kNoMaximum, 0.f}, {0.f, 0.f}};
         if (piece(i) >= pieces) continue;
-        const float4 state = __ldcg(
-            reinterpret_cast<const float4*>(&partial_states(all[piece(i)])[row_warp * 16 + row()]));
+        const float4 state = load(piece(i));
         of[i] = {{state.x, state.y}, {state.z, state.w}};
       }
     }

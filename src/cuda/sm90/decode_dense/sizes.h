@@ -22,9 +22,9 @@ struct RowState {
 
 // A partial result: *units* of 512 bytes, 16 for each lane of a warp, of the lane's accumulators
 // for kUnitTiles tiles of eight columns: [4 warps of 16 rows][left, right half of the tiles, unit
-// by unit][32 lanes][kUnitTiles][row r, r + 8][2]. So the units of the first 16 n rows come first.
-// Then the PartialState of 64 rows. The accumulators are in fp32, or packed: in fp16, each half of
-// a row scaled by a power of two, which `scale` takes back.
+// by unit][32 lanes][kUnitTiles][row r, r + 8][2]; and the states of the rows. The accumulators are
+// in fp32, or packed: in fp16, each half of a row scaled by a power of two, which `scale` takes
+// back.
 inline constexpr int kUnitBytes = 512;
 template <bool kPacked>
 inline constexpr int kUnitTiles = kPacked ? 2 : 1;
@@ -34,7 +34,9 @@ struct alignas(16) PartialState {
   RowState row;
   float scale[2];  // of the left half, the right half; if packed
 };
-inline constexpr int kPartialStates = kTileRows * kHeadDimV * sizeof(float);  // where they begin
-inline constexpr std::size_t kPartialBytes = kPartialStates + kTileRows * sizeof(PartialState);
+// Of 16 rows. One more, so that in shared memory a row's states lie in different banks.
+using PartialStates = PartialState[17];
+inline constexpr int kPartialUnitBytes = kTileRows * kHeadDimV * sizeof(float);
+inline constexpr int kPartialBytes = kPartialUnitBytes + kTileRows / 16 * sizeof(PartialStates);
 
 }  // namespace flash_mla::cuda::decode_dense

@@ -178,7 +178,7 @@ struct SharedStorage {
   RowState state[kRopeBuffers][kTileRows];  // of an item, with its last page
   WorkItem items[kItems + kSplitTiles];     // those of split tiles last
   Barriers barriers;
-  uint64_t merge_landed;  // barrier of what the merge copies
+  uint64_t merge_landed[2];  // barriers of what the merge copies: units, states
   int32_t num_split_tiles, merge_ready;
   Rules rules;  // the query warp's
   FindStartScratch<Producers> find_start;
@@ -214,7 +214,7 @@ struct KernelParams {
   bool prefetch_pages;  // a page is one run of memory, and one cluster reads it for a request
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
-  std::byte* partials;  // [2 slots][CTAs] of kPartialBytes
+  std::byte* partials;  // [CTAs of a part][parts][2] of kPartialBytes (PartialPlaces)
 };
 
 struct TensorMaps {
