@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,8 @@ class PagedKVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.num_pages = _positive("num_pages", num_pages)
-        self.page_size = _positive("page_size", page_size)
+        self.num_pages = _count("PagedKVCache: num_pages", num_pages, least=1)
+        self.page_size = _count("PagedKVCache: page_size", page_size, least=1)
         self.kv_cache = torch.empty(
             (num_pages, page_size, 1, _D_LATENT + _D_ROPE), dtype=dtype, device=device
         )
@@ -191,10 +192,7 @@ class PagedKVCache:
     def _extend(
         self, request: _Request, request_id: Hashable, tokens: int, method: str
     ) -> torch.Tensor:
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 0:
-            raise ValueError(
-                f"PagedKVCache.{method}: tokens = {tokens!r}, wanted an int of 0 or more"
-            )
+        tokens = _count(f"PagedKVCache.{method}: tokens", tokens, least=0)
         first, last = request.tokens, request.tokens + tokens
         wanted = -(-last // self.page_size) - len(request.pages)
         if wanted > self._pages.free:
@@ -212,7 +210,7 @@ class PagedKVCache:
         return torch.tensor(slots, dtype=torch.int64, device=self.device)
 
 
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"PagedKVCache: {name} = {value!r}, wanted an int of 1 or more")
-    return value
+def _count(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} = {value!r}, wanted an int of {least} or more")
+    return int(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy
 import pytest
 import torch
 from reference import Inputs, assert_close, decode
@@ -102,6 +103,13 @@ def test_bookkeeping() -> None:
     cache.free("x")
     assert cache.usage.used_pages == 0 and cache.usage.token_fraction == 0.0
     assert cache.grow(7, 64).tolist() == list(range(64))
+
+
+def test_numpy_counts() -> None:
+    cache = PagedKVCache(numpy.int64(4), numpy.int32(16))
+    assert cache.allocate("x", numpy.int64(17)).tolist() == list(range(17))
+    assert cache.grow("x", numpy.uint8(1)).tolist() == [17]
+    assert type(cache.num_pages) is int and type(cache.usage.tokens) is int
 
 
 def test_running_out_changes_nothing() -> None:
