@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,11 @@ _TAGS = {
     "[NotImplementedError] ": NotImplementedError,
     "[RuntimeError] ": RuntimeError,
 }
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an int, or one of NumPy's; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def require_tensors(function: str, **arguments: Any) -> None:

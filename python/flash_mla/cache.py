@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +99,9 @@ class PagedKVCache:
         self.num_pages = _count("PagedKVCache: num_pages", num_pages, least=1)
         self.page_size = _count("PagedKVCache: page_size", page_size, least=1)
         self.kv_cache = torch.empty(
-            (num_pages, page_size, 1, _D_LATENT + _D_ROPE), dtype=dtype, device=device
+            (self.num_pages, self.page_size, 1, _D_LATENT + _D_ROPE), dtype=dtype, device=device
         )
-        self._pages = Pages(num_pages)
+        self._pages = Pages(self.num_pages)
         self._requests: dict[Hashable, _Request] = {}
 
     def __contains__(self, request_id: Hashable) -> bool:
@@ -211,6 +210,6 @@ class PagedKVCache:
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+    if not _errors.is_int(value) or value < least:
         raise ValueError(f"{name} = {value!r}, wanted an int of {least} or more")
     return int(value)

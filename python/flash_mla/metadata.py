@@ -8,7 +8,6 @@ for other lengths never gives a wrong answer.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from typing import Any
 
 import torch
@@ -108,7 +107,7 @@ def _plan_tensors(
         ("num_q_tokens_per_head_k", num_q_tokens_per_head_k),
         ("num_heads_k", num_heads_k),
     ):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        if not _errors.is_int(value):
             raise TypeError(f"{function}: {name} is {type(value).__name__}, wanted an int")
         if value < 1:
             raise ValueError(f"{function}: {name} = {value}, wanted 1 or more")
