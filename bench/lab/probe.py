@@ -77,7 +77,7 @@ PROBES = (
     note("merge.cuh", "before", OUT, "kPieces", "if (shared.merge_ready && item.rows > 0) {"),
     note("merge.cuh", "before", OUT, "kTileDone",
          "if ((before >> 32) + 1 == static_cast<Counter>(item.piece_count)) *counter(item) = 0;"),
-    note("merge.cuh", "before", OUT, "kWeights", "if (first_unit % kUnitsPerRowWarp<kPacked> == 0) {"),
+    note("merge.cuh", "before", OUT, "kWeights", "if (first == 0) scratch.inverse[row] = inverse_or_zero(total);"),
     note("producer.cuh", "before", "kPages + warp - kRightWarp", "kLoad", LOADS),
     note("producer.cuh", "after", "kPages + warp - kRightWarp", "kLoaded", LOADS),
     note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);"),

@@ -94,7 +94,7 @@ struct Piece {
 
 // Rounded towards plus infinity, of a negative x too; y > 0.
 template <typename T>
-FLASH_MLA_HOST_DEVICE T ceil_div(T x, T y) {
+FLASH_MLA_HOST_DEVICE constexpr T ceil_div(T x, T y) {
   return x > 0 ? (x + y - 1) / y : x / y;
 }
 

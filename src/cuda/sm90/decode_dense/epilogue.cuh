@@ -52,21 +52,21 @@ struct Rows {
 // The partial results of a tile's pieces. For each CTA of a part (team x cluster of them) there is
 // a row of places, two a part: one for what it does of an item that it does not begin, one for what
 // it does of an item that it does not end. An item has places from the second one of its first part
-// on; none between them belongs to another. Each piece has a place, units and then states. Or,
-// where the share of a CTA in the merge is small, [unit][piece] and then [16 rows][piece] states,
-// so that one copy brings a unit of all pieces.
+// on; none between them belongs to another. Each of two pieces has a place, units and then states;
+// more lie in all their places as units [unit][piece] and then states [16 rows][piece], so that one
+// copy brings what a CTA merges.
 struct PartialPlaces {
   std::byte* units;
   int32_t unit_stride, piece_stride;  // of units
   std::byte* states;
   int32_t rows_stride, state_stride;  // of PartialStates, from 16 rows, or a piece, to the next
-  __device__ __forceinline__ PartialPlaces(std::byte* base, int pieces, bool interleaved)
+  __device__ __forceinline__ PartialPlaces(std::byte* base, int pieces)
       : units(base),
-        unit_stride(interleaved ? pieces * kUnitBytes : kUnitBytes),
-        piece_stride(interleaved ? kUnitBytes : kPartialBytes),
-        states(base + (interleaved ? pieces : 1) * kPartialUnitBytes),
-        rows_stride((interleaved ? pieces : 1) * sizeof(PartialStates)),
-        state_stride(interleaved ? sizeof(PartialStates) : kPartialBytes) {}
+        unit_stride(pieces > 2 ? pieces * kUnitBytes : kUnitBytes),
+        piece_stride(pieces > 2 ? kUnitBytes : kPartialBytes),
+        states(base + (pieces > 2 ? pieces : 1) * kPartialUnitBytes),
+        rows_stride((pieces > 2 ? pieces : 1) * sizeof(PartialStates)),
+        state_stride(pieces > 2 ? sizeof(PartialStates) : kPartialBytes) {}
   __device__ __forceinline__ std::byte* unit(int i, int piece) const {
     return units + i * unit_stride + piece * piece_stride;
   }
@@ -93,7 +93,7 @@ struct Epilogue {
   // Writes the item's rows of out and lse; of two pieces, with the other one's partial result,
   // `other`, added, else null. Both ways round that sum is the same, bit for bit: its products and
   // the sum are rounded one by one.
-  __device__ __forceinline__ void store_output(const WorkItem& item, const std::byte* other) const {
+  __device__ __forceinline__ void store_output(const WorkItem& item, std::byte* other) const {
     const Rows<Element> rows{params, item};
     const int warpgroup = ptx::thread_index() / kWarpgroup, lane = lane_index(), row = row_index();
     if (row / 16 * 16 >= item.rows) return;
@@ -105,9 +105,7 @@ struct Epilogue {
       const RowState own = output.state[h];
       RowState state = {kNoMaximum, 0.f};
       if (other != nullptr) {
-        state = reinterpret_cast<const PartialStates*>(
-                    other + kPartialUnitBytes)[row / 16][lane / 4 + 8 * h]
-                    .row;
+        state = PartialPlaces(other, 2).state(row / 16, 0)[lane / 4 + 8 * h].row;
       }
       const float top = fmaxf(own.max, state.max);
       own_weight[h] = ptx::exp2_approx(own.max - top);
@@ -214,7 +212,8 @@ struct Epilogue {
     float top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    constexpr int kBias = 127, kTarget = 14, kLeast = 40;  // so that 1 / scale is a number, too
+    constexpr int kBias = 127, kTarget = 14;
+    constexpr int kLeast = 15;  // so that 1 / scale is a normal number, too
     const int exponent = max(__float_as_int(top) >> 23, kLeast);
     return __int_as_float((2 * kBias + kTarget - exponent) << 23);
   }

@@ -43,9 +43,9 @@ struct Merger {
     const bool complete = item.piece_count == 1 || (!many && other_arrived(item));
     if (!complete) {
       if (many && packed(item)) {
-        epilogue.template store_partial<true>(item, places<true>(item));
+        epilogue.template store_partial<true>(item, places(item));
       } else {
-        epilogue.template store_partial<false>(item, places<false>(item));
+        epilogue.template store_partial<false>(item, places(item));
       }
       if (many) arrive(item);
       if (many || !arrive_second(item)) return;
@@ -88,8 +88,7 @@ struct Merger {
   }
   // The other one of two pieces, in this CTA's shared memory if no pages come after this item's.
   __device__ __forceinline__ std::byte* other_piece(const WorkItem& item, Ring at) {
-    std::byte* other =
-        first_place<T::kCluster>(params, item) + (1 - item.piece_index) * kPartialBytes;
+    std::byte* other = places(item).unit(0, 1 - item.piece_index);
     at.advance();
     ptx::mbarrier_wait(&shared.barriers.item_full[at.slot()], at.phase());
     if (!shared.items[at.slot()].end || item.rows == 0) return other;
@@ -97,10 +96,8 @@ struct Merger {
     if (ptx::thread_index() == 0) {
       ptx::fence_proxy_async_global();
       const int bytes = ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<false> * kUnitBytes;
-      announce(kUnits, bytes);
       copy(kUnits, target, other, bytes);
-      constexpr int kStateBytes = kPartialBytes - kPartialUnitBytes;
-      announce(kStates, kStateBytes);
+      constexpr int kStateBytes = kTileRows / 16 * sizeof(PartialStates);
       copy(kStates, target + kPartialUnitBytes, other + kPartialUnitBytes, kStateBytes);
     }
     wait(kUnits);
@@ -108,18 +105,14 @@ struct Merger {
     return target;
   }
 
-  // Copies from partial results to shared memory. One thread announces the bytes; who copies has
-  // called fence_proxy_async_global(), since threads of other CTAs wrote them; all wait.
+  // Copies from partial results to shared memory, by one thread that has called
+  // fence_proxy_async_global(), since threads of other CTAs wrote them; all wait for each.
   enum Copies { kUnits, kStates };
-  __device__ __forceinline__ void announce(Copies what, int bytes) {
-    namespace p = ::cuda::ptx;
-    p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared,
-                                 &shared.merge_landed[what], bytes);
-  }
   __device__ __forceinline__ void copy(Copies what, void* target, const void* source, int bytes) {
     namespace p = ::cuda::ptx;
-    p::cp_async_bulk(p::space_cluster, p::space_global, target, source, bytes,
-                     &shared.merge_landed[what]);
+    uint64_t* landed = &shared.merge_landed[what];
+    p::mbarrier_arrive_expect_tx(p::sem_release, p::scope_cta, p::space_shared, landed, bytes);
+    p::cp_async_bulk(p::space_cluster, p::space_global, target, source, bytes, landed);
   }
   __device__ __forceinline__ void wait(Copies what) {
     ptx::mbarrier_wait(&shared.merge_landed[what], phases >> what & 1);
@@ -195,15 +188,8 @@ struct Merger {
   __device__ __forceinline__ static int units_of(const WorkItem& item) {
     return ceil_div<int>(item.rows, 16) * kUnitsPerRowWarp<kPacked>;
   }
-  // Whether a CTA's share in the merge is at most kFewUnits.
-  static constexpr int kFewUnits = 2;
-  template <bool kPacked>
-  __device__ __forceinline__ static bool has_few(const WorkItem& item) {
-    return item.piece_count > 2 && units_of<kPacked>(item) <= kFewUnits * item.piece_count;
-  }
-  template <bool kPacked>
   __device__ __forceinline__ PartialPlaces places(const WorkItem& item) const {
-    return {first_place<T::kCluster>(params, item), item.piece_count, has_few<kPacked>(item)};
+    return {first_place<T::kCluster>(params, item), item.piece_count};
   }
 
   // out = sum_k weight[k] partial[k] / total, weight[k] = 2^(max[k] - max). This CTA's share of the
@@ -217,19 +203,14 @@ struct Merger {
     const int begin = whole ? 0 : share_begin(item.piece_index);
     const int end = whole ? units : share_begin(item.piece_index + 1);
     const int share = share_begin(1);
-    const bool few = has_few<kPacked>(item);
-    const PartialPlaces places(first_place<T::kCluster>(params, item), pieces, few);
-    const int most = few ? share : quotient(kMergedUnits, pieces);  // units at once
+    const PartialPlaces places = this->places(item);
+    const int most = share <= kFewUnits ? share : quotient(kMergedUnits, pieces);  // units at once
 #pragma unroll 1
     for (int first = begin; first < end;) {
       // Units of the same 16 rows.
       const int row_warp = first / kUnitsPerRowWarp<kPacked>;
       const int last = min(min(end, first + most), (row_warp + 1) * kUnitsPerRowWarp<kPacked>);
-      if (few) {
-        merge_few<kPacked>(item, places, row_warp, first, last - first, share - 1);
-      } else {
-        merge_many<kPacked>(item, places, row_warp, first, last - first);
-      }
+      merge_run<kPacked>(item, places, row_warp, first, last - first, share);
       first = last;
       if (first < end) {  // the scratch is overwritten
         ptx::fence_proxy_async();
@@ -240,17 +221,16 @@ struct Merger {
 
   // In the buffers of pages, Q and P, no longer needed.
   static constexpr int kMergedUnits = 320;  // of all pieces together
-  // Fewer pieces than this has merge_many().
-  static constexpr int kMaxPiecesOfMany = kTileRows / 16 * kUnitsPerRowWarp<true> / kFewUnits;
+  static constexpr int kFewUnits = 2;       // a share of so many is added up by all warps together
   template <bool kPacked>
   struct Sum {  // of a lane in a unit
     static constexpr int kCount = 4 * kUnitTiles<kPacked>;
     float at[kCount];
   };
   struct Scratch {
-    uint4 values[kMergedUnits][32];    // [piece][unit]; of merge_few(): [unit][piece]
-    PartialStates states[kMaxPieces];  // of merge_few()
-    Sum<true> sums[kWarps][32];        // the same
+    uint4 values[kMergedUnits][32];  // [unit][piece]
+    PartialStates states[kMaxPieces];
+    Sum<true> sums[kWarps][32];        // of few units
     float2 weights[kMaxPieces][2][8];  // of rows r, r + 8; of their two halves, if packed
     float inverse[16];                 // 1 / total
   };
@@ -260,81 +240,51 @@ struct Merger {
     return *reinterpret_cast<Scratch*>(&shared);
   }
 
-  // Units first .. first + count - 1, all of the same 16 rows. A run of units is contiguous in
-  // every piece, so one copy brings it to shared memory; meanwhile the weights are worked out.
+  // Units first .. first + count - 1, all of the same 16 rows, of a share of `share`. One copy
+  // brings the states of all pieces, another one the units; meanwhile the weights are worked out.
   template <bool kPacked>
-  __device__ __forceinline__ void merge_many(const WorkItem& item, const PartialPlaces& places,
-                                             int row_warp, int first, int count) {
+  __device__ __forceinline__ void merge_run(const WorkItem& item, const PartialPlaces& places,
+                                            int row_warp, int first, int count, int share) {
     Scratch& scratch = this->scratch();
-    const int thread = static_cast<int>(ptx::thread_index()), warp = thread / 32,
-              lane = thread % 32;
+    const int warp = static_cast<int>(ptx::thread_index() / 32), lane = lane_index();
     const int pieces = item.piece_count;
-    const States<kMaxPiecesOfMany> states(pieces, [&](int k) {
-      return __ldcg(reinterpret_cast<const float4*>(places.state(row_warp, k) + thread / 16));
-    });
-    const Target target(*this, item, row_warp);
-    if (lane == 0) {
-      if (warp == 0) announce(kUnits, pieces * count * kUnitBytes);
+    if (ptx::thread_index() == 0) {
       ptx::fence_proxy_async_global();
-#pragma unroll 1
-      for (int k = warp; k < pieces; k += kWarps) {
-        copy(kUnits, scratch.values[k * count], places.unit(first, k), count * kUnitBytes);
-      }
-    }
-    __syncwarp();
-    weigh<kPacked>(item, states, row_warp, first);
-    wait(kUnits);
-#pragma unroll 1
-    for (int unit = warp; unit < count; unit += kWarps) {
-      Sum<kPacked> sum = {};
-#pragma unroll 4
-      for (int k = 0; k < pieces; ++k) {
-        add(sum, weights<kPacked>(k, first + unit)[lane / 4],
-            scratch.values[k * count + unit][lane]);
-      }
-      target.template store<kPacked>(first + unit, sum);
-    }
-  }
-
-  // The same for so few units that a copy of each piece's would take longer than its bytes: one
-  // copy brings all pieces' states, one all units, 2^log_units of them, each of which 8 >>
-  // log_units warps add up.
-  template <bool kPacked>
-  __device__ __forceinline__ void merge_few(const WorkItem& item, const PartialPlaces& places,
-                                            int row_warp, int first, int count, int log_units) {
-    Scratch& scratch = this->scratch();
-    const int thread = static_cast<int>(ptx::thread_index()), warp = thread / 32,
-              lane = thread % 32;
-    const int pieces = item.piece_count;
-    if (thread == 0) {
-      ptx::fence_proxy_async_global();
-      announce(kStates, pieces * sizeof(PartialStates));
       copy(kStates, scratch.states, places.state(row_warp, 0), pieces * sizeof(PartialStates));
-      announce(kUnits, pieces * count * kUnitBytes);
       copy(kUnits, scratch.values, places.unit(first, 0), pieces * count * kUnitBytes);
     }
     const Target target(*this, item, row_warp);
     wait(kStates);
-    const States<kMaxPieces> states(pieces, [&](int k) {
-      return reinterpret_cast<const float4&>(scratch.states[k][thread / 16]);
-    });
-    weigh<kPacked>(item, states, row_warp, first);
+    weigh<kPacked>(item, pieces, row_warp, first);
     wait(kUnits);
-    const int unit = warp & ((1 << log_units) - 1), share = warp >> log_units,
-              shares = kWarps >> log_units;
+    if (share > kFewUnits) {
+#pragma unroll 1
+      for (int unit = warp; unit < count; unit += kWarps) {
+        Sum<kPacked> sum = {};
+#pragma unroll 4
+        for (int k = 0; k < pieces; ++k) {
+          add(sum, weights<kPacked>(k, first + unit)[lane / 4],
+              scratch.values[unit * pieces + k][lane]);
+        }
+        target.template store<kPacked>(first + unit, sum);
+      }
+      return;
+    }
+    // `share` units at once, each by 8 / share warps, which share the pieces.
+    const int unit = warp & (share - 1), part = warp >> (share - 1), parts = kWarps >> (share - 1);
     const int end = unit < count ? pieces : 0;
     const uint4* values = &scratch.values[unit * pieces][lane];
     Sum<kPacked> sum = {};
 #pragma unroll 2
-    for (int k = share; k < end; k += shares) {
+    for (int k = part; k < end; k += parts) {
       add(sum, weights<kPacked>(k, first + unit)[lane / 4], values[k * 32]);
     }
 #pragma unroll
     for (int i = 0; i < sum.kCount; ++i) scratch.sums[warp][lane].at[i] = sum.at[i];
     meet();
-    if (share > 0 || unit >= count) return;
+    if (part > 0 || unit >= count) return;
 #pragma unroll 1
-    for (int other = warp + (1 << log_units); other < kWarps; other += 1 << log_units) {
+    for (int other = warp + share; other < kWarps; other += share) {
 #pragma unroll
       for (int i = 0; i < sum.kCount; ++i) sum.at[i] += scratch.sums[other][lane].at[i];
     }
@@ -363,46 +313,26 @@ struct Merger {
     return scratch().weights[k][kPacked ? unit % 2 : 0];
   }
 
-  // Of 16 rows, 16 threads a row, what this thread has of the states of at most kMost pieces.
-  template <int kMost>
-  struct States {
-    static constexpr int kCount = (kMost + 15) / 16;
-    int32_t pieces;
-    PartialState of[kCount];
-    __device__ __forceinline__ static int row() { return ptx::thread_index() / 16; }
-    __device__ __forceinline__ static int piece(int i) { return ptx::thread_index() % 16 + 16 * i; }
-    // `load(k)` gives the state of this thread's row in piece k.
-    template <typename Load>
-    __device__ __forceinline__ States(int pieces_in, const Load& load) : pieces(pieces_in) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        of[i] = {{kNoMaximum, 0.f}, {0.f, 0.f}};
-        if (piece(i) >= pieces) continue;
-        const float4 state = load(piece(i));
-        of[i] = {{state.x, state.y}, {state.z, state.w}};
-      }
-    }
-  };
-  // The pieces' weights. Called by all, and waits for all.
-  template <bool kPacked, int kMost>
-  __device__ __forceinline__ void weigh(const WorkItem& item, const States<kMost>& states,
-                                        int row_warp, int first_unit) {
+  // The pieces' weights for 16 rows, 16 threads a row. Called by all, and waits for all.
+  template <bool kPacked>
+  __device__ __forceinline__ void weigh(const WorkItem& item, int pieces, int row_warp,
+                                        int first_unit) {
     Scratch& scratch = this->scratch();
-    const int row = states.row();
+    const int row = static_cast<int>(ptx::thread_index() / 16),
+              first = static_cast<int>(ptx::thread_index() % 16);
     float top = kNoMaximum, total = 0.f;
-#pragma unroll
-    for (const PartialState& state : states.of) top = fmaxf(top, state.row.max);
+#pragma unroll 1
+    for (int k = first; k < pieces; k += 16) top = fmaxf(top, scratch.states[k][row].row.max);
 #pragma unroll
     for (int distance = 1; distance < 16; distance *= 2) {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
     }
-#pragma unroll
-    for (int i = 0; i < states.kCount; ++i) {
-      const PartialState& state = states.of[i];
+#pragma unroll 1
+    for (int k = first; k < pieces; k += 16) {
+      const PartialState& state = scratch.states[k][row];
       const float weight = ptx::exp2_approx(state.row.max - top);
       total += weight * state.row.sum;
-      if (states.piece(i) >= states.pieces) continue;
-      auto* of_rows = reinterpret_cast<float(*)[8][2]>(&scratch.weights[states.piece(i)]);
+      auto* of_rows = reinterpret_cast<float(*)[8][2]>(&scratch.weights[k]);
 #pragma unroll
       for (int side = 0; side < (kPacked ? 2 : 1); ++side) {
         of_rows[side][row % 8][row / 8] = kPacked ? weight * state.scale[side] : weight;
@@ -412,14 +342,12 @@ struct Merger {
     for (int distance = 1; distance < 16; distance *= 2) {
       total += __shfl_xor_sync(~0u, total, distance);
     }
-    if (ptx::thread_index() % 16 == 0) {
-      scratch.inverse[row] = inverse_or_zero(total);
-      if (first_unit % kUnitsPerRowWarp<kPacked> == 0) {
-        const Rows<Element> rows{params, item};
-        rows.store_lse(rows.place(row_warp * 16 + row), {top, total});
-      }
-    }
+    if (first == 0) scratch.inverse[row] = inverse_or_zero(total);
     meet();
+    if (first == 0 && first_unit % kUnitsPerRowWarp<kPacked> == 0) {
+      const Rows<Element> rows{params, item};
+      rows.store_lse(rows.place(row_warp * 16 + row), {top, total});
+    }
   }
 
   // Where this lane's sums go.

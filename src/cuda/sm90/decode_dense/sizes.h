@@ -37,6 +37,8 @@ struct alignas(16) PartialState {
 // Of 16 rows. One more, so that in shared memory a row's states lie in different banks.
 using PartialStates = PartialState[17];
 inline constexpr int kPartialUnitBytes = kTileRows * kHeadDimV * sizeof(float);
-inline constexpr int kPartialBytes = kPartialUnitBytes + kTileRows / 16 * sizeof(PartialStates);
+// Whole lines, so that every unit of every place is four of them.
+inline constexpr int kPartialBytes =
+    ceil_div<int>(kPartialUnitBytes + kTileRows / 16 * sizeof(PartialStates), 128) * 128;
 
 }  // namespace flash_mla::cuda::decode_dense
