@@ -8,6 +8,7 @@ method. `--smoke` runs every row with tiny sizes, on the CPU where there is no G
 
 import argparse
 import datetime
+import functools
 import gc
 import re
 import sys
@@ -32,6 +33,7 @@ OWN = ("sdpa", "eager")  # the model's own attention, of which the faster one co
 V3_LAYER, V3_DENSE, LITE = "v3-layer", "v3-dense", "v2-lite"
 V3_DENSE_COMPILED = "v3-dense-compiled"
 STATIC_ROOM = 256  # tokens that a static cache could take beyond the context
+STEPS = 8  # of a layer in a graph, one after the other, as a model's layers are
 WARM_UP = 8  # tokens; a compiled step runs once, is captured once, and is replayed from then on
 SWEEP = (128, 1024, 4096, 8192, 16384, 32768)
 
@@ -72,7 +74,10 @@ def allocated(peak=False):
 
 
 class Layer:
-    """A DeepSeek-V3 attention layer with a cache of `context` random latents, called with one token of each row."""
+    """A DeepSeek-V3 attention layer with a cache of `context` random latents.
+
+    fresh() and compiled() make functions that run some steps, of one token of each row, and return the last output.
+    """
 
     def __init__(self, sizes, b, attention):
         from transformers.models.deepseek_v3 import modeling_deepseek_v3 as modeling
@@ -97,13 +102,19 @@ class Layer:
         self.positions = rotary(self.hidden, positions)
 
     def fresh(self):
-        """A call that goes on with its own cache."""
+        """Steps that go on with their own cache."""
         cache = transformers.DynamicCache()
         cache.update(*self.latents, 0)
-        return lambda: self.module(self.hidden, self.positions, None, cache)[0]
+
+        def run(steps=1):
+            for _ in range(steps):
+                out, _ = self.module(self.hidden, self.positions, None, cache)
+            return out
+
+        return run
 
     def compiled(self, ours):
-        """The call, compiled over a static cache, as generate() does on a GPU. The length is set back each time."""
+        """Compiled steps over a static cache, as generate() makes them on a GPU. The length is set back before them."""
         longest = self.context + STATIC_ROOM
         cache = transformers.StaticCache(config=self.static_config, max_cache_len=longest)
         if ours:
@@ -119,39 +130,43 @@ class Layer:
         torch._dynamo.reset()
         module = torch.compile(self.module, fullgraph=True, dynamic=False)
 
-        def call():
+        def run(steps=1):
             cached.cumulative_length.fill_(self.context)
-            return module(self.hidden, self.positions, mask, cache)[0]
+            for _ in range(steps):
+                out, _ = module(self.hidden, self.positions, mask, cache)
+            return out
 
-        call()  # compiles
-        return call
+        run()  # compiles
+        return run
 
 
-def time_call(fresh, sizes):
-    """{us, us_spread: of CUDA-graph replays; us_eager: of eager calls; temporary_bytes} of a layer's call, which
-    fresh() makes."""
+def time_layer(fresh, sizes):
+    """{us, us_spread: of a step in a CUDA graph of STEPS; us_alone: of a step in a graph of its own; us_eager: of an eager
+    step; temporary_bytes} of a layer's steps, which fresh() makes."""
     timed = {}
     if sizes.device == "cuda":
-        timed["us"], timed["us_spread"] = measure.graph_time(fresh(), sizes.ms)
+        together = measure.graph_time(functools.partial(fresh(), STEPS), sizes.ms)
+        timed["us"], timed["us_spread"] = (us / STEPS for us in together)
+        clear()
+        timed["us_alone"], _ = measure.graph_time(fresh(), sizes.ms)
         clear()
         timed["us_eager"] = eager_time(fresh())
     else:
         timed["us"], timed["us_spread"] = measure.host_clock_time(fresh(), sizes.ms)
         timed["us_eager"] = timed["us"]
     clear()
-    call = fresh()
-    for _ in range(2):  # the first step turns the cache into pages
-        call()
+    run = fresh()
+    run(2)  # the first step turns the cache into pages
     clear()
     before = allocated()
-    call()
+    run()
     timed["temporary_bytes"] = allocated(peak=True) - before
     clear()
     return timed
 
 
-def eager_time(call, calls=10, batches=5):
-    """Microseconds of a call among others, with all that the host does for it."""
+def eager_time(run, steps=10, batches=5):
+    """Microseconds of a step among others, with all that the host does for it."""
     import statistics
     import time
 
@@ -159,10 +174,9 @@ def eager_time(call, calls=10, batches=5):
     for _ in range(batches + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            call()
+        run(steps)
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / calls * 1e6)
+        times.append((time.perf_counter() - start) / steps * 1e6)
     return statistics.median(times[1:])
 
 
@@ -173,7 +187,7 @@ def measure_layer(sizes, b):
     for attention in OWN:
         layer = Layer(sizes, b, attention)
         try:
-            row["own"][attention] = time_call(layer.fresh, sizes)
+            row["own"][attention] = time_layer(layer.fresh, sizes)
             outputs[attention] = layer.fresh()()
         except torch.OutOfMemoryError as error:
             row["own"][attention] = {"failure": str(error).splitlines()[0]}
@@ -181,7 +195,7 @@ def measure_layer(sizes, b):
         clear()
     layer = Layer(sizes, b, OWN[0])
     hf.enable(layer.module)
-    row["ours"] = time_call(layer.fresh, sizes)
+    row["ours"] = time_layer(layer.fresh, sizes)
     got = layer.fresh()()
     row["error"] = measure.relative_error(got, outputs[OWN[0]].float())
     calls = hf.info(layer.module).calls
@@ -204,14 +218,14 @@ def measure_compiled_layer(sizes, b):
         layer = Layer(sizes, b, OWN[0])
         if who == "ours":
             hf.enable(layer.module)
-        call = layer.compiled(who == "ours")
-        outputs[who] = call().float()
-        timed = time_call(lambda call=call: call, sizes)
+        run = layer.compiled(who == "ours")
+        outputs[who] = run().float()
+        timed = time_layer(lambda run=run: run, sizes)
         if who == "ours":
             row["ours"] = timed
         else:
             row["own"] = {OWN[0]: timed}
-        del layer, call
+        del layer, run
         clear()
     row["error"] = measure.relative_error(outputs["ours"], outputs["own"])
     row["best_own"] = OWN[0]

@@ -34,16 +34,14 @@ def main():
     layer = bench.Layer(bench.Sizes(args.smoke), args.b, bench.OWN[0])
     if not args.own:
         bench.hf.enable(layer.module)
-    call = layer.compiled(not args.own) if args.compiled else layer.fresh()
-    for _ in range(3):
-        call()
+    run = layer.compiled(not args.own) if args.compiled else layer.fresh()
+    run(3)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities = [ProfilerActivity.CUDA]
         torch.cuda.synchronize()
     with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            call()
+        run(STEPS)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     total = 0.0

@@ -205,7 +205,7 @@ def _attend_static(
     rows = query.transpose(1, 2).reshape(b * s_q, h, -1)
     latent = torch.bmm(rows[..., : layer.d_nope].transpose(0, 1), w_uk).transpose(0, 1)
     q = torch.cat((latent, rows[..., layer.d_nope :]), dim=-1).view(b, s_q, h, -1)
-    table = torch.arange(pages.shape[0], dtype=torch.int32, device=pages.device).view(b, -1)
+    table = pages._flash_mla_table
     out, _ = flash_mla.flash_mla_with_kvcache(
         q, pages, table, lengths, D_LATENT, None, softmax_scale=scaling, causal=True
     )

@@ -50,6 +50,7 @@ class StaticLatentLayer(StaticLayer):
             self.pages = torch.zeros((b * max_pages, PAGE_SIZE, 1, D_LATENT + D_ROPE), **like)
             numbers = torch.arange(b * max_pages, dtype=torch.int32, device=key_states.device)
         self.table = numbers.view(b, max_pages)
+        self.pages._flash_mla_table = self.table  # goes where the pages go
         padded = self.pages.view(b, 1, max_pages * PAGE_SIZE, -1)[:, :, : self.max_cache_len]
         self.keys, self.values = padded[..., :D_LATENT], padded[..., D_LATENT:]
         if not torch.compiler.is_compiling():
@@ -70,13 +71,16 @@ class StaticLatentLayer(StaticLayer):
         s_q = key_states.shape[2]
         position = torch.arange(s_q, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(s_q)
-        slots = self.table[:, :1].long() * PAGE_SIZE + position
-        append_kv_cache(
-            key_states.detach().reshape(-1, D_LATENT),
-            value_states.detach().reshape(-1, D_ROPE),
-            self.pages,
-            slots.flatten(),
-        )
+        slots = (self.table[:, :1].long() * PAGE_SIZE + position).flatten()
+        latents = key_states.detach().reshape(-1, D_LATENT)
+        ropes = value_states.detach().reshape(-1, D_ROPE)
+        if torch.compiler.is_compiling():  # in operations that fuse with what comes before
+            self.pages.index_put_(
+                (slots // PAGE_SIZE, slots % PAGE_SIZE),
+                torch.cat((latents, ropes), -1)[:, None],
+            )
+        else:
+            append_kv_cache(latents, ropes, self.pages, slots)
         absorbed, self.absorbs = self.absorbs and s_q <= self.max_s_q, self.goes_on
         if not absorbed:
             return self.keys, self.values
