@@ -44,15 +44,15 @@ CLOCKS = (
      "cluster_sync<T>(::cuda::ptx::sem_release);  // the other CTA may still signal this one's barriers"),
 )  # fmt: skip
 QUERY_LANE, RIGHT_LANE = "threadIdx.x == kQueryWarp * 32", "threadIdx.x == kRightWarp * 32"
-PREPARE = "const Walk walk = prepare<T>(params, maps, shared);"
+PREPARE = "is_new = prepare<T>(params, maps, shared);"
 LOADS = "load<T::kMulticast>(part, item.head, page, stream);"
-FIRST_LOAD = "load<false>(part, item.head, page, stream);"
+FIRST_LOAD = "load<false>(part, item.head, __ldg(table_of(item)), stream);"
 PROBES = (
     ("traits.h", "after", "uint16_t lab_count[7];", "int32_t num_split_tiles, merge_ready;"),
-    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", PREPARE),
-    note("kernel.cuh", "after", "kPages", "kFound", "walk = plan(params, position.part, shared, rules);", RIGHT_LANE),
-    note("kernel.cuh", "after", "kPages", "kBarriers", "if (warp == kInitWarp || begins) ptx::named_barrier_sync(kBarriersMade, 3 * 32);", RIGHT_LANE),
-    note("producer.cuh", "before", "kPages", "kFirstItem", "const int page = __ldg(table_of(item));"),
+    ("kernel.cuh", "before", "flash_mla::lab::begin_probes(shared);", "bool is_new = false;"),
+    note("kernel.cuh", "after", "kPages", "kFound", "if (!holds) memory.first = plan(params, position, seqlen, shared);", RIGHT_LANE),
+    note("kernel.cuh", "after", "kPages", "kBarriers", "init_barriers(shared, T::kCluster);", RIGHT_LANE),
+    note("producer.cuh", "before", "kPages + warp - kRightWarp", "kFirstItem", "if (warp == kRightWarp) {"),
     note("kernel.cuh", "after", ITEMS, "kPlanned", PREPARE, QUERY_LANE),
     note("kernel.cuh", "before", ITEMS, "kRoles", "ptx::decrease_registers<kProducerRegisters>();", QUERY_LANE),
     note("kernel.cuh", "before", SCORES, "kRoles", "Scorer<T>(params, shared).run();"),
@@ -81,9 +81,9 @@ PROBES = (
     note("producer.cuh", "before", "kPages + warp - kRightWarp", "kLoad", LOADS),
     note("producer.cuh", "after", "kPages + warp - kRightWarp", "kLoaded", LOADS),
     note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[at.slot()]);"),
-    # The first page, before the roles begin.
-    note("producer.cuh", "before", "kPages", "kLoad", FIRST_LOAD),
-    note("producer.cuh", "after", "kPages", "kLoaded", FIRST_LOAD),
+    # The first pages, before the roles begin.
+    note("producer.cuh", "before", "kPages + warp - kRightWarp", "kLoad", FIRST_LOAD),
+    note("producer.cuh", "after", "kPages + warp - kRightWarp", "kLoaded", FIRST_LOAD),
     note("producer.cuh", "after", ITEMS, "kItemTold", "::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);"),
 )  # fmt: skip
 FINE = (

@@ -21,6 +21,7 @@ struct DecodeConfig {
   std::int32_t cluster = 1;  // CTAs that share every page by multicast: 1 or 2, 64 query rows each
   std::int32_t ctas = 0;     // grid: num_parts * team * cluster
   std::size_t counters_size = 0, partials_size = 0;  // bytes of workspace
+  std::size_t memos_at = 0;  // where in `partials` that begins which CTAs remember between calls
 };
 
 // Reads shapes, dtype and `split` of params. kUnavailable when the device is not Hopper,

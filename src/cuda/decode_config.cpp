@@ -81,7 +81,8 @@ Status decode_config(const DecodeParams& params, std::int32_t device,
   config->ctas = schedule.num_parts * schedule.team * config->cluster;
   // The same for all shapes, so that a workspace can serve every call.
   config->counters_size = ctas * sizeof(std::uint64_t);
-  config->partials_size = ctas * 2 * decode_dense::kPartialBytes;
+  config->memos_at = ctas * 2 * decode_dense::kPartialBytes;
+  config->partials_size = config->memos_at + ctas * decode_dense::kMemoBytes;
   return {};
 }
 

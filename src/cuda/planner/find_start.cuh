@@ -208,14 +208,15 @@ __device__ Start find_start(const std::int32_t* cache_seqlens, std::int32_t b, s
 
 inline constexpr std::int32_t kFewRequests = 32;
 
-// The same by one warp, for at most kFewRequests requests.
-__device__ __forceinline__ Start find_start_of_few(const std::int32_t* cache_seqlens,
-                                                   std::int32_t b, std::int32_t max_len,
+// The same by one warp, for at most kFewRequests requests. `lane_seqlen` is the length of request
+// `lane`, anything where there is none.
+__device__ __forceinline__ Start find_start_of_few(std::int32_t lane_seqlen, std::int32_t b,
+                                                   std::int32_t max_len,
                                                    const ScheduleShape& any_level,
                                                    std::int32_t part, Schedule& schedule) {
   constexpr std::uint32_t kAllLanes = 0xffffffff;
   const std::int32_t lane = threadIdx.x % 32;
-  const std::int32_t seqlen = lane < b ? clamp_seqlen(cache_seqlens[lane], max_len) : 0;
+  const std::int32_t seqlen = lane < b ? clamp_seqlen(lane_seqlen, max_len) : 0;
   const std::int32_t blocks = lane < b ? schedule_blocks(seqlen) : 0;
   const std::int32_t total = __reduce_add_sync(kAllLanes, blocks);
   const std::int32_t most = __reduce_max_sync(kAllLanes, blocks);

@@ -15,6 +15,7 @@
 // specialisation, Flash-Decoding for the split over the keys.
 #pragma once
 
+#include "cuda/sm90/decode_dense/memo.cuh"
 #include "cuda/sm90/decode_dense/merge.cuh"
 #include "cuda/sm90/decode_dense/producer.cuh"
 
@@ -35,16 +36,26 @@ __device__ __forceinline__ int arrivals(int i, int cluster) {
   return i < kItems ? 1 : 3 * kWarps + 3;  // item_empty: warpgroups 0 to 2, who loads pages
 }
 
-// By one warp.
+// Who makes barrier `i`: of a buffer that begin() loads into, the warp that does, which need not
+// wait for another one then.
+__device__ __forceinline__ int maker(int i) {
+  const int buffer = i < kBuffers ? i : i - kBuffers;
+  if (buffer < kLeftBuffers) return kLeftWarp;
+  if (buffer < kHalfBuffers) return kRightWarp;
+  return buffer < kQueryBuffer ? kRopeWarp : kQueryWarp;
+}
+
+// By each warp of the producers.
 __device__ __forceinline__ void init_barriers(SharedStorage& shared, int cluster) {
   namespace p = ::cuda::ptx;
   static_assert(kBarriers <= 32);
-  const int i = threadIdx.x % 32;
-  if (i < kBarriers) {
+  const int i = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if (i < kBarriers && maker(i) == warp) {
     p::mbarrier_init(reinterpret_cast<uint64_t*>(&shared.barriers) + i, arrivals(i, cluster));
     p::fence_mbarrier_init(p::sem_release, p::scope_cluster);
     ptx::fence_proxy_async();
   }
+  __syncwarp();
 }
 
 template <typename T>
@@ -78,47 +89,44 @@ __device__ __forceinline__ void cluster_sync(Semantics semantics) {
   }
 }
 
-// Where this CTA's part starts: by one warp alone, or, where requests are many, by all producers.
-__device__ __forceinline__ Walk plan(const KernelParams& params, int part, SharedStorage& shared,
-                                     Rules& rules) {
+// Where this CTA's part starts, and with what: by one warp alone, or, where requests are many, by
+// all producers. `seqlen`: of request `lane`, where they are few.
+template <int kCluster>
+__device__ __forceinline__ First plan(const KernelParams& params,
+                                      const Position<kCluster>& position, int32_t seqlen,
+                                      SharedStorage& shared) {
   const DecodeParams& decode = params.decode;
   Schedule schedule(params.schedule, 0);
   const int32_t max_len = max_seqlen(decode.max_pages);
   const Start start =
       decode.b > kFewRequests
-          ? find_start<Producers>(decode.cache_seqlens, decode.b, max_len, params.schedule, part,
-                                  schedule, shared.find_start)
-          : find_start_of_few(decode.cache_seqlens, decode.b, max_len, params.schedule, part,
-                              schedule);
-  rules = {schedule.payload, schedule.whole_parts, schedule.shape.chunks,
-           kTileRows >> schedule.shape.level};
-  return begin_walk(schedule, start, part);
+          ? find_start<Producers>(decode.cache_seqlens, decode.b, max_len, params.schedule,
+                                  position.part, schedule, shared.find_start)
+          : find_start_of_few(seqlen, decode.b, max_len, params.schedule, position.part, schedule);
+  First first = {};
+  first.rules = {schedule.payload, schedule.whole_parts, schedule.shape.chunks,
+                 kTileRows >> schedule.shape.level};
+  first.walk = begin_walk(schedule, start, position.part);
+  next_item(params, first.rules, position, first.walk, first.item);
+  return first;
 }
 
 // What comes before all roles meet, up to the loads of the first page: a short decode waits for
-// little else. Nothing here concerns the other CTA of a pair.
+// little else. Nothing here concerns the other CTA of a pair. By the producers; true where
+// something was found anew that is worth remembering.
 template <typename T>
-__device__ __forceinline__ Walk prepare(const KernelParams& params, const TensorMaps& maps,
+__device__ __forceinline__ bool prepare(const KernelParams& params, const TensorMaps& maps,
                                         SharedStorage& shared) {
-  constexpr int kInitWarp = kScoreWarpgroup * (kWarpgroup / 32);
-  const int warp = threadIdx.x / 32;
   const auto position = Position<T::kCluster>::here(params.schedule);
-  Walk walk = {};
-  Rules rules = {};
-  const bool begins = warp == kQueryWarp || warp == kRightWarp;
-  if (warp == kRopeWarp) prefetch(params, maps);
-  if (begins || (warp > kQueryWarp && params.decode.b > kFewRequests)) {
-    walk = plan(params, position.part, shared, rules);
-  } else if (warp == kInitWarp) {
-    init_barriers(shared, T::kCluster);
-  } else if (threadIdx.x == 0) {
-    for (uint64_t& landed : shared.merge_landed) ::cuda::ptx::mbarrier_init(&landed, 1);
-    ptx::fence_proxy_async();
-    shared.num_split_tiles = 0;
-  }
-  if (warp == kInitWarp || begins) ptx::named_barrier_sync(kBarriersMade, 3 * 32);
-  if (begins) Producer<T>(params, maps, shared, position).begin(rules, walk);
-  return walk;
+  Producer<T> producer(params, maps, shared, position);
+  if (threadIdx.x / 32 == kRopeWarp) prefetch(params, maps);
+  const bool remembers = params.decode.b <= kMemoRequests;
+  Recollection memory(params);
+  init_barriers(shared, T::kCluster);
+  const bool holds = remembers && memory.holds();
+  if (!holds) memory.first = plan(params, position, memory.seqlen(), shared);
+  producer.begin(memory.first);
+  return remembers && !holds;
 }
 
 template <typename T>
@@ -127,7 +135,14 @@ __global__ void __launch_bounds__(kThreads, 1)
                         const __grid_constant__ TensorMaps maps) {
   extern __shared__ __align__(1024) uint8_t raw[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(raw);
-  const Walk walk = prepare<T>(params, maps, shared);
+  bool is_new = false;
+  if (threadIdx.x / kWarpgroup == kProducerWarpgroup) {
+    is_new = prepare<T>(params, maps, shared);
+  } else if (threadIdx.x == 0) {
+    for (uint64_t& landed : shared.merge_landed) ::cuda::ptx::mbarrier_init(&landed, 1);
+    ptx::fence_proxy_async();
+    shared.num_split_tiles = 0;
+  }
   cluster_sync<T>(::cuda::ptx::sem_relaxed);
 
   if (threadIdx.x < kOutputThreads) {
@@ -140,8 +155,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     Producer<T> producer(params, maps, shared, Position<T::kCluster>::here(params.schedule));
     if (threadIdx.x / 32 != kQueryWarp) {
       producer.load_pages();
-    } else if (threadIdx.x == kQueryWarp * 32) {
-      producer.walk_items(walk);
+    } else {
+      if (is_new) Recollection::write(params, shared.first);
+      if (threadIdx.x == kQueryWarp * 32) producer.walk_items();
     }
   }
   cluster_sync<T>(::cuda::ptx::sem_release);  // the other CTA may still signal this one's barriers

@@ -13,6 +13,29 @@ namespace {
 
 using namespace decode_dense;
 
+// Of everything but the lengths that the schedule, and a CTA's work items, follow from.
+std::uint64_t memo_key(const KernelParams& params) {
+  const ScheduleShape& shape = params.schedule;
+  std::uint64_t key = 0x6d6c615f6d656d6f;
+  // Steps of splitmix64, by Sebastiano Vigna.
+  const auto add = [&key](std::int32_t value) {
+    key = (key ^ static_cast<std::uint32_t>(value)) * 0xbf58476d1ce4e5b9;
+    key ^= key >> 27;
+  };
+  for (const std::int32_t value :
+       {std::int32_t{shape.num_parts}, std::int32_t{shape.team}, shape.overhead, shape.min_blocks,
+        std::int32_t{shape.split}, shape.level, shape.levels, shape.rows, params.decode.b,
+        params.decode.s_q, params.decode.h_kv, params.decode.max_pages,
+        std::int32_t{params.decode.causal}, std::int32_t{params.row_width}, params.rows}) {
+    add(value);
+  }
+  for (int level = 0; level < kTileLevels; ++level) {
+    add(shape.chunks_at[level]);
+    add(shape.items_at[level]);
+  }
+  return key;
+}
+
 template <typename Element>
 Status launch_for(const KernelParams& params, const DecodeConfig& config, const TensorMaps& maps,
                   std::int32_t device, cudaStream_t stream) noexcept {
@@ -50,6 +73,8 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
   FLASH_MLA_RETURN_IF_ERROR(kv_tensor_maps(decode_params, &maps.half, &maps.rope));
   params.counters = static_cast<Counter*>(workspace.counters);
   params.partials = static_cast<std::byte*>(workspace.partials);
+  params.memos = reinterpret_cast<Memo*>(params.partials + config.memos_at);
+  params.memo_key = memo_key(params);
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   return decode_params.dtype == DType::kFp16

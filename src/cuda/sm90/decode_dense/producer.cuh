@@ -1,7 +1,7 @@
 // The producer warpgroup: one warp walks the work items, tells everybody and brings what of Q stays
 // in shared memory; the others bring the pages, a kind of buffer each, so that none waits for
 // another kind's, and one of them what of Q goes to registers. All by TMA. Before the roles begin,
-// the first warp has brought all of the first item's Q, and the second one its first page.
+// they have asked for the first item's Q and its first page.
 #pragma once
 
 #include "cuda/ptx/tma.cuh"
@@ -35,34 +35,33 @@ class Producer {
                       Position<T::kCluster> position)
       : params_(params), maps_(maps), shared_(shared), position_(position) {}
 
-  // The first work item, by both warps, before the roles begin: what it needs is on its way while
-  // the CTA, and its pair, get ready. The query warp's walk goes on from there.
-  __device__ __forceinline__ void begin(const Rules& rules, Walk& walk) {
-    WorkItem item = {};
-    next_item(params_, rules, position_, walk, item);
+  // The first work item, before the roles begin, by all four warps: what it needs is on its way
+  // while the CTA, and its pair, get ready.
+  __device__ __forceinline__ void begin(const First& first) {
+    const WorkItem& item = first.item;
     if (threadIdx.x == kQueryWarp * 32) {
-      if (item.pages > 0) {
-        load_right_query(item, Rings().right);
-        load_query(item, Ring(kQueryBuffer, 1));
-      }
-      shared_.rules = rules;
+      if (item.pages > 0) load_query(item, Ring(kQueryBuffer, 1));
+      shared_.first = first;
       shared_.items[0] = item;
       ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);
-    } else if (threadIdx.x == kRightWarp * 32 && item.pages > 0) {
-      const int page = __ldg(table_of(item));
+    } else if (threadIdx.x % 32 == 0 && item.pages > 0) {
+      const int warp = threadIdx.x / 32;
       // Another cluster may want the page too, if not at the same moment.
-      const bool stream =
-          rules.payload <= T::kStreamedPages && rules.chunks == 1 && params_.schedule.team == 1;
-      for (int warp = kRightWarp; warp <= kRopeWarp; ++warp) {
-        Part part = part_of(warp);
-        if (warp == kRightWarp) part.ring.advance();  // past Q
-        load<false>(part, item.head, page, stream);
+      const bool stream = first.rules.payload <= T::kStreamedPages && first.rules.chunks == 1 &&
+                          params_.schedule.team == 1;
+      Part part = part_of(warp);
+      if (warp == kRightWarp) {
+        load_right_query(item, Rings().right);
+        part.ring.advance();
       }
+      load<false>(part, item.head, __ldg(table_of(item)), stream);
     }
   }
 
   // The other work items, by one thread.
-  __device__ void walk_items(Walk walk) {
+  __device__ void walk_items() {
+    const Rules& rules = shared_.first.rules;
+    Walk walk = shared_.first.walk;
     Rings rings;
     Ring at(0, kItems), q(kQueryBuffer, 1);
     while (true) {
@@ -77,7 +76,7 @@ class Producer {
       at.advance();
       ptx::mbarrier_wait(&shared_.barriers.item_empty[at.slot()], at.phase() ^ 1);
       WorkItem& next = shared_.items[at.slot()];
-      next_item(params_, shared_.rules, position_, walk, next);
+      next_item(params_, rules, position_, walk, next);
       next.left = rings.left.position();
       next.right = rings.right.position();
       next.rope = rings.rope.position();
@@ -103,7 +102,7 @@ class Producer {
       const WorkItem& item = shared_.items[at.slot()];
       if (item.end) break;
       const int pages = item.pages;
-      const bool is_long = shared_.rules.payload > T::kStreamedPages;
+      const bool is_long = shared_.first.rules.payload > T::kStreamedPages;
       const bool ahead = T::kMulticast && is_long && params_.prefetch_pages;
       const bool stream = ahead ? pages <= T::kStreamedItemPages : !is_long;
       const bool prefetches = ahead && warp == kRopeWarp && position_.rank() == 0;

@@ -40,5 +40,8 @@ inline constexpr int kPartialUnitBytes = kTileRows * kHeadDimV * sizeof(float);
 // Whole lines, so that every unit of every place is four of them.
 inline constexpr int kPartialBytes =
     ceil_div<int>(kPartialUnitBytes + kTileRows / 16 * sizeof(PartialStates), 128) * 128;
+// What a CTA remembers of a call with so many requests or fewer (memo.cuh).
+inline constexpr int kMemoRequests = 256;
+inline constexpr int kMemoBytes = kMemoRequests * 4 + 128;
 
 }  // namespace flash_mla::cuda::decode_dense

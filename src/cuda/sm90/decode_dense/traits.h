@@ -57,12 +57,7 @@ inline constexpr float kRescaleThreshold = 8.f;
 inline constexpr float kSafeProbability = 128.f;
 inline constexpr float kNoMaximum = -FLT_MAX;
 
-enum NamedBarrier {
-  kOutputMeets = 1,
-  kWarpgroupMeets = 2 /* and 3 */,
-  kProducersMeet = 4,
-  kBarriersMade
-};
+enum NamedBarrier { kOutputMeets = 1, kWarpgroupMeets = 2 /* and 3 */, kProducersMeet = 4 };
 
 // Who finds where the CTA's part starts, unless requests are few.
 using Producers = Team<kWarpgroup, kProducersMeet>;
@@ -159,6 +154,13 @@ struct Walk {
   int32_t relative;     // cost at which the item starts, from the part's begin
 };
 
+// What a CTA has to know before it can begin.
+struct First {
+  Rules rules;
+  Walk walk;      // behind the first item
+  WorkItem item;  // the first one
+};
+
 struct Barriers {
   uint64_t full[kBuffers], empty[kBuffers];
   uint64_t p_ready[kRopeBuffers];  // P of a page is there
@@ -180,7 +182,7 @@ struct SharedStorage {
   Barriers barriers;
   uint64_t merge_landed[2];  // barriers of what the merge copies: units, states
   int32_t num_split_tiles, merge_ready;
-  Rules rules;  // the query warp's
+  First first;  // the query warp's
   FindStartScratch<Producers> find_start;
 };
 static_assert(offsetof(SharedStorage, q_end) == offsetof(SharedStorage, q_left) + kHalfBytes);
@@ -197,6 +199,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
 }
+
+// What a CTA remembers of its last call (memo.cuh).
+struct alignas(16) Memo {
+  int32_t seqlens[kMemoRequests];  // of that call's requests
+  uint32_t first[30];              // its First, then 0
+  uint32_t sum[2];                 // of all that, the call's memo_key and the CTA
+};
+static_assert(sizeof(Memo) == kMemoBytes && sizeof(First) % 4 == 0);
+static_assert(sizeof(First) <= sizeof(Memo::first) && std::is_trivially_copyable_v<First>);
 
 using Counter = unsigned long long;  // what atomicAdd takes
 
@@ -215,6 +226,8 @@ struct KernelParams {
   Counter* counters;    // one per CTA: arrivals of the split tile whose first piece that CTA does
                         // (merge.cuh)
   std::byte* partials;  // [CTAs of a part][parts][2] of kPartialBytes (PartialPlaces)
+  Memo* memos;          // one per CTA
+  uint64_t memo_key;    // of everything but the lengths that a CTA's First follows from
 };
 
 struct TensorMaps {
