@@ -36,8 +36,8 @@ __device__ __forceinline__ int arrivals(int i, int cluster) {
   return i < kItems ? 1 : 3 * kWarps + 3;  // item_empty: warpgroups 0 to 2, who loads pages
 }
 
-// Who makes barrier `i`: of a buffer that begin() loads into, the warp that does, which need not
-// wait for another one then.
+// Who makes barrier `i`: of a buffer that begin() loads into, the warp that does, so that none
+// waits for another one.
 __device__ __forceinline__ int maker(int i) {
   const int buffer = i < kBuffers ? i : i - kBuffers;
   if (buffer < kLeftBuffers) return kLeftWarp;
@@ -118,14 +118,13 @@ template <typename T>
 __device__ __forceinline__ bool prepare(const KernelParams& params, const TensorMaps& maps,
                                         SharedStorage& shared) {
   const auto position = Position<T::kCluster>::here(params.schedule);
-  Producer<T> producer(params, maps, shared, position);
   if (threadIdx.x / 32 == kRopeWarp) prefetch(params, maps);
   const bool remembers = params.decode.b <= kMemoRequests;
   Recollection memory(params);
   init_barriers(shared, T::kCluster);
   const bool holds = remembers && memory.holds();
   if (!holds) memory.first = plan(params, position, memory.seqlen(), shared);
-  producer.begin(memory.first);
+  Producer<T>(params, maps, shared, position).begin(memory.first);
   return remembers && !holds;
 }
 

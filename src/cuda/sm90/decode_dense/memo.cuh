@@ -6,8 +6,9 @@
 // compares those with the lengths as they are.
 //
 // Nothing is trusted: that memory may hold anything before a call. Lengths are compared one by one;
-// that the rest is what this CTA wrote, with those lengths, for a call that differs in nothing else,
-// two sums of 32 bits say, into which go the call's memo_key, the CTA, and every word at its place.
+// that the rest is what this CTA wrote, with those lengths, for a call that differs in nothing
+// else, two sums of 32 bits say, into which go the call's memo_key, the CTA, and every word at its
+// place.
 #pragma once
 
 #include <cstring>
@@ -136,12 +137,9 @@ class Recollection {
   uint32_t word_;
 
   __device__ __forceinline__ static Lengths lengths_of(const KernelParams& params, int begin) {
-    return {begin, params.decode.b,
-            [&](int i) { return __ldg(params.decode.cache_seqlens + i); }};
+    return {begin, params.decode.b, [&](int i) { return __ldg(params.decode.cache_seqlens + i); }};
   }
-  __device__ __forceinline__ Lengths lengths(int begin) const {
-    return lengths_of(params_, begin);
-  }
+  __device__ __forceinline__ Lengths lengths(int begin) const { return lengths_of(params_, begin); }
   __device__ __forceinline__ Lengths old_lengths(int begin) const {
     return {begin, params_.decode.b,
             [&](int i) { return __ldcg(params_.memos[ptx::cta_index()].seqlens + i); }};

@@ -39,21 +39,22 @@ class Producer {
   // while the CTA, and its pair, get ready.
   __device__ __forceinline__ void begin(const First& first) {
     const WorkItem& item = first.item;
-    if (threadIdx.x == kQueryWarp * 32) {
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0) return;
+    if (warp == kQueryWarp) {
       if (item.pages > 0) load_query(item, Ring(kQueryBuffer, 1));
       shared_.first = first;
       shared_.items[0] = item;
       ::cuda::ptx::mbarrier_arrive(&shared_.barriers.item_full[0]);
-    } else if (threadIdx.x % 32 == 0 && item.pages > 0) {
-      const int warp = threadIdx.x / 32;
-      // Another cluster may want the page too, if not at the same moment.
-      const bool stream = first.rules.payload <= T::kStreamedPages && first.rules.chunks == 1 &&
-                          params_.schedule.team == 1;
+    } else if (item.pages > 0) {
       Part part = part_of(warp);
       if (warp == kRightWarp) {
         load_right_query(item, Rings().right);
         part.ring.advance();
       }
+      // Another cluster may want the page too, if not at the same moment.
+      const bool stream = first.rules.payload <= T::kStreamedPages && first.rules.chunks == 1 &&
+                          params_.schedule.team == 1;
       load<false>(part, item.head, __ldg(table_of(item)), stream);
     }
   }
@@ -162,10 +163,10 @@ class Producer {
 
   __device__ __forceinline__ void load_query(const WorkItem& item, const Ring& at) {
     uint64_t* full = begin_load(at, kHalfBytes + 2 * kTileBytes);
-    load_query_tiles(item, maps_.query_half, 0, shared_.q_left, full);
     for (int i = 0; i < 2; ++i) {
       load_query_tiles(item, maps_.query_rope, kRopeTile - 1 + i, shared_.q_end[i], full);
     }
+    load_query_tiles(item, maps_.query_half, 0, shared_.q_left, full);
   }
   __device__ __forceinline__ void load_right_query(const WorkItem& item, const Ring& at) {
     uint64_t* full = begin_load(at, kHalfBytes);

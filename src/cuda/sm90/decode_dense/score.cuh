@@ -77,7 +77,7 @@ class Scorer {
   Rings at_;
 
   __device__ __forceinline__ void run_item(const WorkItem& item) {
-    load_query(item.query_phase);
+    load_query();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       row_max_[h] = kNoMaximum;
@@ -89,7 +89,7 @@ class Scorer {
     Operands next = operands();
     const float scale = __shfl_sync(~0u, params_.scale_log2, 0);  // else read anew for each page
     for (bool first = true;; first = false) {
-      issue_scores(q, next);
+      issue_scores(q, item.query_phase, next);
       if (!first) arrive(&shared_.barriers.may_start[last.turn()]);
       const int page = item.pages - left;
       const bool plain = page < item.open_pages && !params_.negate_scores;
@@ -111,7 +111,7 @@ class Scorer {
   }
 
   // What of Q lives in registers comes through the ring of the pages.
-  __device__ __forceinline__ void load_query(uint32_t phase) {
+  __device__ __forceinline__ void load_query() {
     const int buffer = at_.right.buffer(), lane = lane_index();
     const int row = row_index() / 16 * 16 + lane % 16;
     const uint32_t source = ptx::shared_address(shared_.half[buffer]) + row * 128;
@@ -127,7 +127,6 @@ class Scorer {
     __syncwarp();
     release<T>(&shared_.barriers.empty[buffer]);
     at_.right.advance();
-    ptx::mbarrier_wait(&shared_.barriers.full[kQueryBuffer], phase);
   }
 
   // Where the parts of a page lie; worked out while the tensor cores are busy with the page before.
@@ -142,25 +141,27 @@ class Scorer {
     return {ptx::shared_address(tile), 16, 1024};
   }
 
-  // Issues S = Q K^T of the next page as its parts arrive.
-  __device__ __forceinline__ void issue_scores(const ptx::SmemDescriptor& q, const Operands& k) {
+  // Issues S = Q K^T of the next page as its parts arrive, and with the first one, the rest of Q.
+  __device__ __forceinline__ void issue_scores(const ptx::SmemDescriptor& q, uint32_t query_phase,
+                                               const Operands& k) {
     ptx::forget(s_);
-    wait_for(at_.right);
+    wait_for(at_.right.buffer(), at_.right.phase());
 #pragma unroll
     for (int i = 0; i < 4 * kRegisterTiles; ++i) {
       Mma::n64_rs(s_, q_[i / 4][i % 4], k.right.at(i / 4 * kTileBytes + i % 4 * 32), i != 0);
     }
+    wait_for(kQueryBuffer, query_phase);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Mma::n64_ss(s_, q.at(kHalfBytes + i * 32), k.right.at(kRegisterTiles * kTileBytes + i * 32),
                   true);
     }
-    wait_for(at_.rope);
+    wait_for(at_.rope.buffer(), at_.rope.phase());
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       Mma::n64_ss(s_, q.at(kHalfBytes + kTileBytes + i * 32), k.rope.at(i * 32), true);
     }
-    wait_for(at_.left);
+    wait_for(at_.left.buffer(), at_.left.phase());
 #pragma unroll
     for (int i = 0; i < 4 * kHalfTiles; ++i) {
       const int offset = i / 4 * kTileBytes + i % 4 * 32;
@@ -169,9 +170,8 @@ class Scorer {
     ptx::wgmma_commit();
   }
   // The wait is a loop: without the fence ptxas serialises the products (C7520).
-  template <typename AnyRing>
-  __device__ __forceinline__ void wait_for(const AnyRing& at) {
-    ptx::mbarrier_wait(&shared_.barriers.full[at.buffer()], at.phase());
+  __device__ __forceinline__ void wait_for(int buffer, uint32_t phase) {
+    ptx::mbarrier_wait(&shared_.barriers.full[buffer], phase);
     ptx::wgmma_fence();
   }
 
