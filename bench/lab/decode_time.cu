@@ -9,7 +9,8 @@
 //                                                  step from there to the next page's scores
 //
 // CASE is b,s_q,h_q,s_kv; a v after it stands for random lengths of that mean, an s and a number
-// for so many tokens at the begin that all requests share, pages and all. README.md has more.
+// for so many tokens at the begin that all requests share, pages and all, an n for lengths that are
+// new to the kernel in every timed launch. README.md has more.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -83,11 +84,12 @@ void flush_l2(cudaStream_t stream) {
 
 struct Case {
   int b, s_q, h_q, s_kv, shared = 0;
-  bool random;
+  bool random, is_new;
   explicit Case(const char* text) {
     char v = 0;
     if (std::sscanf(text, "%d,%d,%d,%d%c", &b, &s_q, &h_q, &s_kv, &v) < 4) fail("bad case");
     random = v == 'v';
+    is_new = std::strchr(text, 'n') != nullptr;
     if (const char* s = std::strchr(text, 's')) shared = std::atoi(s + 1);
   }
   void* trace() const { return s_q * h_q > 64 ? lab_trace_bf16_pair() : lab_trace_bf16_single(); }
@@ -136,6 +138,13 @@ class Decode {
     for (void* pointer : memory_) cudaFree(pointer);
   }
   void operator()(cudaStream_t stream) { check(decode(args_, nullptr, workspace_, stream)); }
+  // Overwrites what the kernel has kept of the last call, behind the partial results.
+  void forget(cudaStream_t stream) const {
+    const size_t bytes = std::min<size_t>(workspace_.partials_size, 1 << 18);
+    check(
+        cudaMemsetAsync(static_cast<char*>(workspace_.partials) + workspace_.partials_size - bytes,
+                        0, bytes, stream));
+  }
 
   double tokens = 0;
 
@@ -179,6 +188,7 @@ void print_rates(const Case& c, double tokens, double us) {
               c.s_q, c.h_q, c.s_kv, c.random ? "v" : " ", us, flops / us / 1e6, bytes / us / 1e3,
               clock_rate(c.trace()));
   if (c.shared > 0) std::printf(", %d tokens shared, counted for each request", c.shared);
+  if (c.is_new) std::printf(", new lengths");
 }
 
 cudaGraphExec_t capture(Decode& call, cudaStream_t stream) {
@@ -202,6 +212,7 @@ void time_case(const char* name, cudaStream_t stream) {
   for (int i = 0; i < kReplays; ++i) {
     check(cudaEventCreate(&begin[i]));
     check(cudaEventCreate(&end[i]));
+    if (c.is_new) call.forget(stream);
     flush_l2(stream);
     check(cudaEventRecord(begin[i], stream));
     check(cudaGraphLaunch(replay, stream));

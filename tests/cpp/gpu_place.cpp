@@ -101,6 +101,19 @@ std::vector<std::byte> GpuWorkspace::snapshot() {
   return bytes;
 }
 
+std::vector<std::byte> GpuWorkspace::partials() {
+  std::vector<std::byte> all(partials_->size());
+  partials_->download(all);
+  return {all.begin() + kGuard, all.end() - kGuard};
+}
+
+void GpuWorkspace::set_partials(std::span<const std::byte> bytes) {
+  std::vector<std::byte> all(partials_->size());
+  partials_->download(all);
+  std::copy(bytes.begin(), bytes.end(), all.begin() + kGuard);
+  partials_->upload(all);
+}
+
 bool GpuWorkspace::intact() {
   std::vector<std::byte> partials(partials_->size());
   partials_->download(partials);

@@ -54,6 +54,9 @@ class GpuWorkspace {
   [[nodiscard]] const Workspace& get() const { return workspace_; }
   // True when the counters are as init_workspace() left them and nothing was written outside.
   bool intact();
+  // What lies in the partial results, between the guards.
+  [[nodiscard]] std::vector<std::byte> partials();
+  void set_partials(std::span<const std::byte> bytes);
 
  private:
   std::vector<std::byte> snapshot();

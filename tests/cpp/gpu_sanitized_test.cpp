@@ -99,8 +99,11 @@ TEST_P(GpuSanitized, Decode) {
   GpuRun run(GetParam());
   GpuPlan plan(run, plan_rows(run.args));
   ASSERT_OK(plan_decode(run.args, plan.plan, run.stream.get()));
-  ASSERT_OK(run.run(&plan.plan));
-  run.check_result();
+  for (int i = 0; i < 2; ++i) {  // the second call finds what the first one has kept
+    run.clear_outputs();
+    ASSERT_OK(run.run(&plan.plan));
+    run.check_result();
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -114,7 +117,8 @@ INSTANTIATE_TEST_SUITE_P(
                    .h_kv = 2,
                    .lengths = {300, 64},
                    .strided = true},
-        DecodeCase{.name = "teams", .s_q = 17, .h_q = 12, .lengths = {500, 16}, .causal = true}),
+        DecodeCase{.name = "teams", .s_q = 17, .h_q = 12, .lengths = {500, 16}, .causal = true},
+        DecodeCase{.name = "many", .h_q = 2, .lengths = std::vector<std::int32_t>(130, 70)}),
     case_name);
 
 // Parts so long that their pages come to L2 ahead: each request's page again and again, which

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <random>
 
+#include "cuda/sm90/decode_dense/sizes.h"
 #include "decode_problem.h"
 #include "flash_mla/backend.h"
 #include "gpu_place.h"
@@ -258,14 +259,106 @@ TEST(GpuPromises, TwoStreamsAtOnce) {
 
 TEST(GpuPromises, OneWorkspaceServesManyShapes) {
   SKIP_WITHOUT_GPU();
-  GpuRun large({.name = "large", .s_q = 2, .h_q = 128, .lengths = {3000, 1, 64, 0, 700}});
-  for (const DecodeCase& decode_case : {kUneven, kUnevenTurned}) {
-    GpuRun small(decode_case);
-    ASSERT_OK(decode(small.args, nullptr, large.workspace.get(), small.stream.get()));
-    small.check_result();
+  GpuRun large({.name = "large", .s_q = 2, .h_q = 128, .lengths = kUneven.lengths});
+  DecodeCase one_token = kUneven, few_heads = kUneven;  // of the same lengths
+  one_token.s_q = 1;
+  few_heads.h_q = 3;
+  for (int round = 0; round < 2; ++round) {
+    for (const DecodeCase& decode_case : {kUneven, kUnevenTurned, one_token, few_heads}) {
+      GpuRun small(decode_case);
+      for (const bool batch_invariant : {false, true}) {
+        small.args.batch_invariant = batch_invariant;
+        small.clear_outputs();
+        ASSERT_OK(decode(small.args, nullptr, large.workspace.get(), small.stream.get()));
+        small.check_result();
+      }
+    }
+    large.clear_outputs();
+    ASSERT_OK(large.run());
+    large.check_result();
   }
-  ASSERT_OK(large.run());
-  large.check_result();
+}
+
+// Behind the partial results each CTA keeps its first work item, with the lengths that it follows
+// from (memo.cuh). The tests that follow know the layout: lengths, 30 words, 2 sums. That what is
+// kept serves at all shows in the time alone.
+constexpr std::size_t kMemo = cuda::decode_dense::kMemoBytes;
+constexpr std::size_t kMemoLengths = cuda::decode_dense::kMemoRequests * sizeof(std::int32_t);
+
+std::vector<std::int32_t> uneven_lengths(int count) {
+  std::vector<std::int32_t> lengths(count);
+  for (int i = 0; i < count; ++i) lengths[i] = 1 + i * 37 % 150;
+  return lengths;
+}
+
+TEST(GpuPromises, WhatLiesInPartialsDoesNotMatter) {
+  SKIP_WITHOUT_GPU();
+  const DecodeCase many = {.name = "many", .h_q = 2, .lengths = uneven_lengths(200)};
+  const DecodeCase pairs = {.name = "pairs", .h_q = 72, .lengths = uneven_lengths(40)};
+  for (const DecodeCase& decode_case : {kUneven, many, pairs}) {
+    SCOPED_TRACE(decode_case.name);
+    GpuRun run(decode_case);
+    ASSERT_OK(run.run());
+    run.check_result();
+    const std::vector<std::byte> first = run.result(), kept = run.workspace.partials();
+    const auto check = [&](const std::vector<std::byte>& partials, const char* what, int which) {
+      run.workspace.set_partials(partials);
+      run.clear_outputs();
+      ASSERT_OK(run.run());
+      ASSERT_TRUE(run.result() == first) << what << " " << which;
+    };
+    // A bit in one word of every CTA's.
+    std::vector<std::size_t> words = {0, 4, 12, 16, kMemoLengths - 4};
+    for (std::size_t at = kMemoLengths; at < kMemo; at += 4) words.push_back(at);
+    for (const std::size_t at : words) {
+      std::vector<std::byte> changed = kept;
+      const std::size_t memos = std::min<std::size_t>(changed.size() / kMemo, 132);
+      for (std::size_t i = 1; i <= memos; ++i) {
+        changed[changed.size() - i * kMemo + at] ^= std::byte{1} << at / 4 % 8;
+      }
+      check(changed, "word at", static_cast<int>(at));
+    }
+    // Another CTA's.
+    std::vector<std::byte> moved = kept;
+    std::rotate(moved.begin(), moved.begin() + kMemo, moved.end());
+    check(moved, "moved by", kMemo);
+    for (const int fill : {0, 1, 0xFF}) {
+      check(std::vector<std::byte>(kept.size(), static_cast<std::byte>(fill)), "filled with", fill);
+    }
+    check(kept, "as it was", 0);
+  }
+}
+
+TEST(GpuPromises, LengthsThatComeBack) {
+  SKIP_WITHOUT_GPU();
+  GpuRun run(kUneven);
+  DecodeProblem other(kUnevenTurned, 100);
+  const std::vector<TestTensor*> here = run.problem.tensors(), there = other.tensors();
+  std::vector<std::byte> first[2], partials[2];
+  for (int i = 0; i < 12; ++i) {
+    const int which = i / 2 % 2;  // each lengths twice in a row
+    for (std::size_t tensor = 0; tensor < here.size(); ++tensor) {
+      run.place.put_as(*here[tensor], which == 0 ? *here[tensor] : *there[tensor]);
+    }
+    if (i >= 6) {  // with what was kept of the other lengths
+      std::vector<std::byte> wrong = partials[1 - which];
+      if (i >= 8) {  // and with these lengths beside it
+        for (std::size_t end = wrong.size(); end > wrong.size() - 132 * kMemo; end -= kMemo) {
+          std::copy_n(partials[which].begin() + static_cast<std::ptrdiff_t>(end - kMemo),
+                      kMemoLengths, wrong.begin() + static_cast<std::ptrdiff_t>(end - kMemo));
+        }
+      }
+      run.workspace.set_partials(wrong);
+    }
+    ASSERT_OK(run.run());
+    const std::vector<std::byte> result = run.result();
+    if (first[which].empty()) first[which] = result;
+    EXPECT_TRUE(result == first[which]) << "call " << i;
+    if (i < 6) partials[which] = run.workspace.partials();
+    run.problem.clear_outputs();
+  }
+  EXPECT_FALSE(first[0] == first[1]);
+  EXPECT_TRUE(run.workspace.intact());
 }
 
 TEST(GpuPromises, RefusedCallsLeaveNothingBehind) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -131,6 +132,29 @@ def test_rerun_is_bitwise_equal(device: str) -> None:
     for _ in range(3):
         again = flash_mla_with_kvcache(*inputs.args(), None, causal=True)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+@pytest.mark.parametrize("b", [1, 32, 33, 128, 129, 256, 257])
+def test_lengths_that_come_back(device: str, b: int) -> None:
+    """What a GPU has kept of one call serves the next one, if that has the same lengths and shapes."""
+    inputs = make_inputs(Case(b=b, s_kv=100, h_q=12, s_q=2), device)
+    one_token = inputs.q[:, :1].contiguous()
+    more_heads = inputs.q.repeat(1, 1, 3, 1)  # on a GPU, by pairs of CTAs
+    shorter = (inputs.cache_seqlens // 2).clamp(min=2)
+    last_shorter = inputs.cache_seqlens.clone()
+    last_shorter[-1] -= 1
+    for q in (inputs.q, one_token, more_heads):
+        first: dict[int, tuple] = {}
+        for i in (0, 0, 1, 1, 2, 0, 2, 2, 1):
+            seqlens = (inputs.cache_seqlens, shorter, last_shorter)[i]
+            got = flash_mla_with_kvcache(
+                q, inputs.k_cache, inputs.block_table, seqlens, 512, None, causal=True
+            )
+            if i not in first:
+                first[i] = got
+                these = dataclasses.replace(inputs, q=q, cache_seqlens=seqlens)
+                assert_close(got, decode(these, True))
+            assert torch.equal(got[0], first[i][0]) and torch.equal(got[1], first[i][1])
 
 
 def test_batch_invariant(device: str) -> None:

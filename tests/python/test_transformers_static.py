@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 import warnings
 
 import pytest
@@ -19,6 +21,7 @@ from tiny_models import (
     text_config,
     tokens,
 )
+from torch._inductor.utils import run_and_get_code
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -142,6 +145,27 @@ def test_compiled_with_weights_that_are_not_views(model) -> None:
     got = chunks(model, ids, sizes, step=step)
     assert counter.frame_count == 1 and hf.info(model).calls["absorbed"] == 8
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_step_writes_in_place(device: str) -> None:
+    """Inductor's code for a step makes nothing as large as the pages, which plain operations write there."""
+    model = build("deepseek_v3", torch.bfloat16, device, attention="sdpa")
+    attention = model.model.layers[0].self_attn
+    hf.enable(model)
+    calls: list[tuple] = []
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    cache = StaticCache(config=text_config(model), max_cache_len=2000)
+    chunks(model, tokens(2, 19, device), (18, 1), cache)
+    handle.remove()
+    args, kwargs = calls[1]
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(attention, fullgraph=True), *args, **kwargs)
+    assert "flash_mla.decode" in code
+    shapes = re.findall(r"empty_strided_\w+\(\(([\d, ]+)\)", code)
+    sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in shapes]
+    assert len(sizes) > 3 and max(sizes) < cache.layers[0].pages.numel() / 4
 
 
 @pytest.mark.cuda

@@ -37,7 +37,7 @@ __device__ __forceinline__ int arrivals(int i, int cluster) {
 }
 
 // Who makes barrier `i`: of a buffer that begin() loads into, the warp that does, so that none
-// waits for another one.
+// waits for another one; else the query warp, which tells of the first item.
 __device__ __forceinline__ int maker(int i) {
   const int buffer = i < kBuffers ? i : i - kBuffers;
   if (buffer < kLeftBuffers) return kLeftWarp;
@@ -89,8 +89,8 @@ __device__ __forceinline__ void cluster_sync(Semantics semantics) {
   }
 }
 
-// Where this CTA's part starts, and with what: by one warp alone, or, where requests are many, by
-// all producers. `seqlen`: of request `lane`, where they are few.
+// Where this CTA's part starts, and with what: by each warp for itself, or, where requests are
+// many, by all producers together. `seqlen`: of request `lane`, where they are few.
 template <int kCluster>
 __device__ __forceinline__ First plan(const KernelParams& params,
                                       const Position<kCluster>& position, int32_t seqlen,
@@ -112,20 +112,19 @@ __device__ __forceinline__ First plan(const KernelParams& params,
 }
 
 // What comes before all roles meet, up to the loads of the first page: a short decode waits for
-// little else. Nothing here concerns the other CTA of a pair. By the producers; true where
-// something was found anew that is worth remembering.
+// little else. Nothing here concerns the other CTA of a pair. By the producers; true where the
+// first work item was found anew.
 template <typename T>
 __device__ __forceinline__ bool prepare(const KernelParams& params, const TensorMaps& maps,
                                         SharedStorage& shared) {
   const auto position = Position<T::kCluster>::here(params.schedule);
   if (threadIdx.x / 32 == kRopeWarp) prefetch(params, maps);
-  const bool remembers = params.decode.b <= kMemoRequests;
   Recollection memory(params);
   init_barriers(shared, T::kCluster);
-  const bool holds = remembers && memory.holds();
+  const bool holds = memory.holds();
   if (!holds) memory.first = plan(params, position, memory.seqlen(), shared);
   Producer<T>(params, maps, shared, position).begin(memory.first);
-  return remembers && !holds;
+  return !holds;
 }
 
 template <typename T>

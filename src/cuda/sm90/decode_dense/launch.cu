@@ -14,7 +14,7 @@ namespace {
 using namespace decode_dense;
 
 // Of everything but the lengths that the schedule, and a CTA's work items, follow from.
-std::uint64_t memo_key(const KernelParams& params) {
+std::uint64_t memo_key(const KernelParams& params, std::int32_t cluster) {
   const ScheduleShape& shape = params.schedule;
   std::uint64_t key = 0x6d6c615f6d656d6f;
   // Steps of splitmix64, by Sebastiano Vigna.
@@ -23,10 +23,10 @@ std::uint64_t memo_key(const KernelParams& params) {
     key ^= key >> 27;
   };
   for (const std::int32_t value :
-       {std::int32_t{shape.num_parts}, std::int32_t{shape.team}, shape.overhead, shape.min_blocks,
-        std::int32_t{shape.split}, shape.level, shape.levels, shape.rows, params.decode.b,
+       {cluster, std::int32_t{shape.num_parts}, std::int32_t{shape.team}, shape.overhead,
+        shape.min_blocks, std::int32_t{shape.split}, shape.levels, shape.rows, params.decode.b,
         params.decode.s_q, params.decode.h_kv, params.decode.max_pages,
-        std::int32_t{params.decode.causal}, std::int32_t{params.row_width}, params.rows}) {
+        std::int32_t{params.decode.causal}, std::int32_t{params.row_width}}) {
     add(value);
   }
   for (int level = 0; level < kTileLevels; ++level) {
@@ -74,7 +74,7 @@ Status decode(const DecodeParams& decode_params, const DecodeConfig& config,
   params.counters = static_cast<Counter*>(workspace.counters);
   params.partials = static_cast<std::byte*>(workspace.partials);
   params.memos = reinterpret_cast<Memo*>(params.partials + config.memos_at);
-  params.memo_key = memo_key(params);
+  params.memo_key = memo_key(params, config.cluster);
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   return decode_params.dtype == DType::kFp16

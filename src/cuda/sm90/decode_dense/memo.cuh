@@ -12,12 +12,20 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/sm90/decode_dense/work.cuh"
 
 namespace flash_mla::cuda::decode_dense {
 
+struct alignas(16) Memo {
+  int32_t seqlens[kMemoRequests];  // of that call's requests
+  uint32_t first[30];              // the CTA's First, then 0
+  uint32_t sum[2];                 // MemoSum
+};
 inline constexpr int kMemoWords = sizeof(Memo::first) / 4;
+static_assert(sizeof(Memo) == kMemoBytes && sizeof(First) % 4 == 0);
+static_assert(sizeof(First) <= sizeof(Memo::first) && std::is_trivially_copyable_v<First>);
 
 // Lengths of up to 4 x 32 requests, of which lane i of a warp holds those of i, i + 32, ...; 0 past
 // the last one.
@@ -39,7 +47,8 @@ struct Lengths {
   }
 };
 
-// Two sums that lengths and words go into; a warp makes them.
+// Two sums of the lengths, the words of a First at their places, the CTA, and what else a First
+// follows from; a warp makes them.
 class MemoSum {
  public:
   __device__ __forceinline__ void add(const Lengths& lengths) {
@@ -75,6 +84,7 @@ class Recollection {
   __device__ __forceinline__ explicit Recollection(const KernelParams& params)
       : params_(params), lengths_(lengths(0)), old_lengths_(old_lengths(0)) {
     const Memo& memo = params.memos[ptx::cta_index()];
+    if (!remembers(params)) return;
     word_ = __ldcg(memo.first + threadIdx.x % 32);  // the last two lanes': the sums
     uint4 words[(sizeof(First) + 15) / 16];
 #pragma unroll
@@ -84,11 +94,12 @@ class Recollection {
     std::memcpy(&first, words, sizeof(First));
   }
 
-  // Length of request `lane`, 0 where there is none.
+  // Length of request `lane`, 0 where there is none. Of at most kFewRequests.
   __device__ __forceinline__ int32_t seqlen() const { return lengths_.at[0]; }
 
   // Whether `first` is of this CTA, a call like this one, and these lengths. Called once.
   __device__ __forceinline__ bool holds() {
+    if (!remembers(params_)) return false;
     MemoSum sum;
     bool same = true;
 #pragma unroll 1
@@ -110,8 +121,10 @@ class Recollection {
     return __all_sync(~0u, same);
   }
 
-  // Writes down what was found instead.
+  // Writes down what was found instead, when no warp of the CTA looks any more. The lengths are
+  // read again: they must not change during a call.
   __device__ __forceinline__ static void write(const KernelParams& params, const First& first) {
+    if (!remembers(params)) return;
     Memo& memo = params.memos[ptx::cta_index()];
     MemoSum sum;
 #pragma unroll 1
@@ -136,12 +149,15 @@ class Recollection {
   Lengths lengths_, old_lengths_;
   uint32_t word_;
 
+  __device__ __forceinline__ static bool remembers(const KernelParams& params) {
+    return params.decode.b <= kMemoRequests;
+  }
   __device__ __forceinline__ static Lengths lengths_of(const KernelParams& params, int begin) {
     return {begin, params.decode.b, [&](int i) { return __ldg(params.decode.cache_seqlens + i); }};
   }
   __device__ __forceinline__ Lengths lengths(int begin) const { return lengths_of(params_, begin); }
   __device__ __forceinline__ Lengths old_lengths(int begin) const {
-    return {begin, params_.decode.b,
+    return {begin, remembers(params_) ? params_.decode.b : 0,
             [&](int i) { return __ldcg(params_.memos[ptx::cta_index()].seqlens + i); }};
   }
 };

@@ -38,10 +38,11 @@ class Producer {
   // The first work item, before the roles begin, by all four warps: what it needs is on its way
   // while the CTA, and its pair, get ready.
   __device__ __forceinline__ void begin(const First& first) {
-    const WorkItem& item = first.item;
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 != 0) return;
-    if (warp == kQueryWarp) {
+    const WorkItem& item = first.item;
+    if (threadIdx.x % 32 != 0) {
+      // Lane 0 does it.
+    } else if (warp == kQueryWarp) {
       if (item.pages > 0) load_query(item, Ring(kQueryBuffer, 1));
       shared_.first = first;
       shared_.items[0] = item;
@@ -57,6 +58,7 @@ class Producer {
                           params_.schedule.team == 1;
       load<false>(part, item.head, __ldg(table_of(item)), stream);
     }
+    __syncwarp();  // all lanes of the query warp may read shared_.first
   }
 
   // The other work items, by one thread.

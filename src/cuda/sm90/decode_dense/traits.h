@@ -200,15 +200,7 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-// What a CTA remembers of its last call (memo.cuh).
-struct alignas(16) Memo {
-  int32_t seqlens[kMemoRequests];  // of that call's requests
-  uint32_t first[30];              // its First, then 0
-  uint32_t sum[2];                 // of all that, the call's memo_key and the CTA
-};
-static_assert(sizeof(Memo) == kMemoBytes && sizeof(First) % 4 == 0);
-static_assert(sizeof(First) <= sizeof(Memo::first) && std::is_trivially_copyable_v<First>);
-
+struct Memo;                         // memo.cuh
 using Counter = unsigned long long;  // what atomicAdd takes
 
 struct KernelParams {
