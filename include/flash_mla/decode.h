@@ -111,8 +111,9 @@ Status plan_decode(const DecodeArgs& args, const DecodePlan& plan, StreamHandle 
 // was written (with validate, too). Asynchronous in `stream` on a GPU; no allocation, no
 // synchronisation, one launch; may be captured in a CUDA graph and replayed with other lengths,
 // tables and contents. The tensors must not change while it runs: lengths that do spoil later calls
-// with the same workspace, too. A call with the lengths of the last one with its workspace is 1 to
-// 2 us shorter, if `partials` are as it left them. Bitwise reproducible for equal inputs on an
+// with the same workspace, too. A call with the lengths of the last one
+// with its workspace is shorter by a microsecond or more, if `partials` are as it left them.
+// Bitwise reproducible for equal inputs on an
 // equal device. The CPU backend returns when the result is there. Safe to call from several
 // threads, with different workspaces. Errors: kInvalidArgument, kInvalidType, kUnsupported,
 // kUnavailable, kCudaError.
