@@ -12,7 +12,7 @@
 // Where items may take whole parts, step 2 includes a search, by all warps, for the least payload
 // with which they do, and one more barrier.
 //
-// Where requests are few (kFewRequests), one warp does it alone, a lane for each request: no shared
+// Where requests are few (kFewRequests), a warp does it alone, a lane for each request: no shared
 // memory, and little code, which a short decode waits for.
 //
 // No atomics, no global memory: two CTAs agree because they compute the same thing.

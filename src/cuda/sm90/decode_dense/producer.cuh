@@ -93,8 +93,8 @@ class Producer {
   // what begin() has left. Where memory is all that counts, all parts of a page are asked for when
   // its left half is, the last one that there is room for: together they are read fastest. A pair,
   // which has half as many pages on their way for as much memory, brings those of a long part into
-  // L2 one page ahead, but for an item's first and one in 32, whose numbers no lane holds yet, and
-  // asks L2 to let them go once they are loaded.
+  // L2 one page ahead, but for an item's first and one in 32, whose numbers no lane holds yet. L2
+  // is asked to let pages go once they are loaded as traits.h says (kStreamedPages).
   __device__ void load_pages() {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Part part = part_of(warp);
